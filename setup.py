@@ -1,11 +1,11 @@
-"""Builds the kernel library ``effops/libeffops_kernels.so``; everything else about the package is in ``pyproject.toml``.
+"""Builds the kernel library ``effops/libeffops_kernels.so``; all else about the package stands in ``pyproject.toml``.
 
 The library holds operators, not a Python module: no Python symbols, torch's stable ABI only, loaded by
 ``torch.ops.load_library``. One file therefore serves every Python and every torch >= 2.11, and the wheel is tagged
 ``py3-none-<platform>``. Environment: EFFOPS_BUILD, EFFOPS_SANITIZE, CXX, MAX_JOBS (table in README.md).
 
-torch is not a build requirement in ``pyproject.toml``, because pip would then fetch its default build, gigabytes of CUDA,
-into an isolated environment: install torch first, then effops with ``--no-build-isolation``.
+torch is not a build requirement in ``pyproject.toml``, because pip would then fetch its default build, gigabytes of
+CUDA, into an isolated environment: install torch first, then effops with ``--no-build-isolation``.
 """
 
 import importlib.metadata
@@ -29,6 +29,7 @@ MIN_TORCH = (2, 11)
 # The C shim of this torch release is what the library may use, whichever release it is compiled against.
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
 INSTALL_COMPILER = "install g++ 11 or newer or clang++ 14 or newer (Debian and Ubuntu: apt install g++)"
+PURE_PYTHON = "set EFFOPS_BUILD=none for pure Python"
 
 COMPILE_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
@@ -39,7 +40,8 @@ COMPILE_FLAGS = [
 # -z defs: a symbol that libtorch does not export is an error here, not at the user's first import.
 LINK_FLAGS = ["-shared", "-Wl,--as-needed"]
 LINK_CHECK = "-Wl,-z,defs"
-# libstdc++ comes first: libtorch_cpu re-exports some of its symbols without a version, and must not be taken for their home.
+# libstdc++ comes first: libtorch_cpu re-exports some of its symbols without a version and must not be taken for their
+# home, since the next release of torch need not do so.
 LIBRARIES = ["-lstdc++", "-ltorch_cpu", "-lc10"]
 
 
@@ -89,14 +91,13 @@ def torch_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         stop(
             "building the kernel library needs torch: `pip install torch`, then `pip install --no-build-isolation .` "
-            "(pip's isolated build cannot see an installed torch), or set EFFOPS_BUILD=none for pure Python."
+            f"(pip's isolated build cannot see an installed torch), or {PURE_PYTHON}."
         )
     version = importlib.metadata.version("torch")
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if not numbers or tuple(map(int, numbers.groups())) < MIN_TORCH:
-        stop(
-            f"the kernel library needs torch >= {'.'.join(map(str, MIN_TORCH))}, got {version}: `pip install -U torch`."
-        )
+        least = ".".join(map(str, MIN_TORCH))
+        stop(f"the kernel library needs torch >= {least}, got {version}: `pip install -U torch`.")
     return Path(spec.submodule_search_locations[0])
 
 
@@ -105,7 +106,7 @@ def find_ninja() -> str:
     beside = shutil.which("ninja", path=str(Path(sys.executable).parent))
     ninja = beside or shutil.which("ninja")
     if ninja is None:
-        stop("building the kernel library needs ninja: `pip install ninja`, or set EFFOPS_BUILD=none for pure Python.")
+        stop(f"building the kernel library needs ninja: `pip install ninja`, or {PURE_PYTHON}.")
     return ninja
 
 
@@ -163,8 +164,10 @@ def ninja_file(compiler: list[str], torch: Path, sources: list[str], sanitize: l
 
 
 def build_folder(sanitize: list[str]) -> str:
-    """Objects stay here between builds, so that only what changed is compiled (pip's editable builds use a new temporary
-    folder each time); sanitized objects have their own."""
+    """Where objects stay between builds, so that only what changed is compiled; sanitized ones have their own folder.
+
+    setuptools' own ``build_temp`` would not do: it is a new temporary folder for each editable install.
+    """
     return "-".join(["build/kernels", *sanitize])
 
 
@@ -181,13 +184,11 @@ class BuildKernels(build_ext):
     def build_extension(self, ext: Extension) -> None:
         compiler = find_compiler()
         if not sys.platform.startswith("linux"):
-            stop(
-                f"the kernel library builds on Linux only, not on {sys.platform}; set EFFOPS_BUILD=none for pure Python."
-            )
+            stop(f"the kernel library builds on Linux only, not on {sys.platform}; {PURE_PYTHON}.")
         if compiler is None:
-            stop(f"{missing_compiler()}: {INSTALL_COMPILER}, or set EFFOPS_BUILD=none for pure Python.")
+            stop(f"{missing_compiler()}: {INSTALL_COMPILER}, or {PURE_PYTHON}.")
         if "csrc/library.cpp" not in ext.sources:
-            stop("csrc/library.cpp is missing: build from a complete checkout or sdist, or set EFFOPS_BUILD=none.")
+            stop(f"csrc/library.cpp is missing: build from a complete checkout or sdist, or {PURE_PYTHON}.")
         sanitize = sanitizers()
         folder = ROOT / build_folder(sanitize)
         folder.mkdir(parents=True, exist_ok=True)
@@ -198,7 +199,7 @@ class BuildKernels(build_ext):
         except (OSError, subprocess.CalledProcessError):
             stop(
                 f"compiling the kernel library with {shlex.join(compiler)} failed (its messages are above): "
-                f"{INSTALL_COMPILER}, or set EFFOPS_BUILD=none for pure Python."
+                f"{INSTALL_COMPILER}, or {PURE_PYTHON}."
             )
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
