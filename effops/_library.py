@@ -1,0 +1,69 @@
+"""Loads the kernel library, or remembers why it could not be loaded; the operators `torch.ops.effops.*` exist either way.
+
+`libeffops_kernels.so` defines the schemas itself (so that a C++ process can load it without Python). Where it is missing
+or does not load, the same strings from `schemas.inc` are defined here: fakes, `torch.export` and error messages work then
+too, only the kernels are absent.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_HERE = Path(__file__).resolve().parent
+LIBRARY_PATH = _HERE / "libeffops_kernels.so"
+SCHEMAS_PATH = _HERE / "schemas.inc"
+_SCHEMA_LINE = re.compile(r'^EFFOPS_SCHEMA\("(.*)"\)\s*$', re.MULTILINE)
+
+
+def schemas() -> list[str]:
+    """The operator schemas of `schemas.inc`, in file order."""
+    return _SCHEMA_LINE.findall(SCHEMAS_PATH.read_text(encoding="utf-8"))
+
+
+def _load() -> str | None:
+    """Loads the kernel library; returns None, or the reason why there are no kernels."""
+    if not LIBRARY_PATH.exists():
+        return (
+            f"the kernel library {LIBRARY_PATH.name} is not built (no C++ compiler at install time, or EFFOPS_BUILD=none); "
+            "reinstall effops with a C++ compiler"
+        )
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except Exception as error:  # a library built for another torch or another machine must not break `import effops`
+        return f"the kernel library {LIBRARY_PATH} does not load: {type(error).__name__}: {error}"
+    return None
+
+
+def _already_defined() -> bool:
+    """True where the namespace is taken already, e.g. by a library that registered its schemas and then failed."""
+    return any(name.startswith("effops::") for name in torch._C._dispatch_get_all_op_names())
+
+
+why_not_loaded: str | None = _load()
+kernels_loaded: bool = why_not_loaded is None
+
+if kernels_loaded or _already_defined():
+    lib = torch.library.Library("effops", "FRAGMENT")
+else:
+    lib = torch.library.Library("effops", "DEF")
+    for _schema in schemas():
+        lib.define(_schema)
+
+
+def build_info() -> dict[str, Any]:
+    """What the loaded kernel library says of itself: `isa` (in use), `compiled_isas`, `compiler`; empty without one."""
+    if not kernels_loaded:
+        return {}
+    function = ctypes.CDLL(
+        str(LIBRARY_PATH), mode=os.RTLD_NOLOAD if hasattr(os, "RTLD_NOLOAD") else 0
+    ).effops_build_info
+    function.restype = ctypes.c_char_p
+    function.argtypes = []
+    return json.loads(function().decode("utf-8"))

@@ -1,0 +1,302 @@
+"""Which backend runs a call, and why not the others.
+
+An ordered list: each backend says for a call, as a list of sentences, why it cannot run it (an empty list: it can), and
+whether it pays. "auto" takes the first with no reasons whose cost rule agrees; it never raises, because the reference at
+the end of the list runs everything. A backend asked for by name never falls back: it raises with every backend's reasons.
+
+A new backend is one `Backend` in `BACKENDS`, and its operators in the `KERNELS` tables of `effops/ops/<op>`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.nn.modules import module as _module_hooks
+
+from effops import _library
+
+ENV_VARIABLE = "EFFOPS_BACKEND"
+
+
+class Call(NamedTuple):
+    """One call of an operator, as the backends judge it.
+
+    Attributes:
+        op: the operator's room: "dwconv", "dwconv_stats" or "dsconv".
+        name: the public function called, for messages.
+        input: [N,C,H,W].
+        weight: the depthwise weight [B,1,R,S].
+        pw_weight: the pointwise weight [K,C',1,1], or None.
+        geometry: the int[] of the operator (effops/schemas.inc).
+        size: (P, Q) of the output.
+    """
+
+    op: str
+    name: str
+    input: Tensor
+    weight: Tensor
+    pw_weight: Tensor | None
+    geometry: list[int]
+    size: tuple[int, int]
+
+
+class Backend:
+    """One way to run the operators."""
+
+    name: str
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        """Why this backend cannot run the call; empty where it can."""
+        raise NotImplementedError
+
+    def worth_it(self, call: Call) -> bool:
+        """The cost rule of "auto": False where a later backend is faster on this call."""
+        raise NotImplementedError
+
+
+class _Reference(Backend):
+    """Plain torch ops: runs everything."""
+
+    name = "reference"
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        return ()
+
+    def worth_it(self, call: Call) -> bool:
+        return True
+
+
+class _Cpp(Backend):
+    """The C++ kernels of csrc/cpu."""
+
+    name = "cpp"
+    dtypes = (torch.float32, torch.bfloat16, torch.float64)
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        x = call.input
+        if _library.kernels_loaded and x.is_cpu and x.dtype in self.dtypes and not _transformed():
+            return ()
+        reasons = []
+        if not _library.kernels_loaded:
+            reasons.append(str(_library.why_not_loaded))
+        if not x.is_cpu:
+            reasons.append(f"device {x.device} is not the CPU")
+        if x.dtype not in self.dtypes:
+            reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
+        if _transformed():
+            reasons.append("functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops")
+        return reasons
+
+    def worth_it(self, call: Call) -> bool:
+        return True
+
+
+BACKENDS: list[Backend] = [_Cpp(), _Reference()]
+
+
+def names() -> tuple[str, ...]:
+    """What `backend=`, `use_backend` and EFFOPS_BACKEND accept."""
+    return ("auto", *(backend.name for backend in BACKENDS))
+
+
+def _word(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+# A plain module global, not a ContextVar: Dynamo's fullgraph rejects those. It holds for the whole process, threads included.
+_selected: str = os.environ.get(ENV_VARIABLE, "") or "auto"
+_recorder: Callable[[Call, Backend], None] | None = None
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Runs every effops call inside on one backend: `with effops.use_backend("reference"): ...`.
+
+    An argument `backend=` other than "auto" goes before it; it goes before the environment variable EFFOPS_BACKEND. It
+    holds for the whole process.
+
+    Args:
+        name: one of `effops.backends.names()`.
+
+    Raises:
+        TypeError: the name is not a string.
+        ValueError: an unknown name.
+    """
+    global _selected
+    _check_name(name, "use_backend")
+    before = _selected
+    _selected = name
+    try:
+        yield
+    finally:
+        _selected = before
+
+
+def _check_name(name: object, where: str) -> None:
+    if not isinstance(name, str):
+        raise TypeError(f"{where}: the backend must be a string; got {name!r} ({type(name).__name__})")
+    if name not in names():
+        raise ValueError(f"{where}: unknown backend {name!r}; accepted: {', '.join(map(repr, names()))}")
+
+
+def choose(call: Call, backend: str) -> str:
+    """The name of the backend that runs the call.
+
+    Args:
+        call: the call, validated.
+        backend: the call's `backend` argument; "auto" defers to `use_backend` and EFFOPS_BACKEND.
+
+    Raises:
+        TypeError, ValueError: not a backend's name.
+        RuntimeError: a backend asked for by name cannot run the call; the message lists every backend's reasons.
+    """
+    wanted = _selected if backend == "auto" else backend
+    if wanted == "auto":
+        for candidate in BACKENDS:
+            if not candidate.why_not(call) and candidate.worth_it(call):
+                break
+    else:
+        candidate = _by_name(call, wanted, backend)
+        if candidate.why_not(call):
+            raise RuntimeError(_refusal(call, candidate))
+    if _recorder is not None:
+        _recorder(call, candidate)
+    return candidate.name
+
+
+def _by_name(call: Call, wanted: str, backend: str) -> Backend:
+    for candidate in BACKENDS:
+        if candidate.name == wanted:
+            return candidate
+    _check_name(wanted, call.name if wanted is backend else f"environment variable {ENV_VARIABLE}")
+    raise AssertionError("every accepted name but 'auto' is in BACKENDS")
+
+
+def _describe(call: Call) -> str:
+    x = call.input
+    return f"{_word(x.dtype)}[{','.join(map(str, x.shape))}] on {x.device}"
+
+
+def _refusal(call: Call, wanted: Backend) -> str:
+    lines = [
+        f"{call.name}: backend {wanted.name!r} cannot run input {_describe(call)}: {'; '.join(wanted.why_not(call))}",
+        "backends, in the order 'auto' tries them:",
+    ]
+    for backend in BACKENDS:
+        reasons = backend.why_not(call)
+        verdict = "; ".join(reasons) if reasons else f"can run this: pass backend={backend.name!r} or 'auto'"
+        lines.append(f"  {backend.name}: {verdict}")
+    return "\n".join(lines)
+
+
+# ---- explain --------------------------------------------------------------------------------------------------------
+
+
+class ExplainedCall(NamedTuple):
+    """One effops call of a forward: who made it, what it was, which backend took it and why the others did not."""
+
+    module: str
+    function: str
+    input: str
+    kernel: str
+    output: str
+    backend: str
+    why_not: dict[str, str]
+
+
+class Explanation:
+    """What `explain` found; printing it prints a table.
+
+    Attributes:
+        calls: one `ExplainedCall` per effops call, in order.
+    """
+
+    def __init__(self, calls: list[ExplainedCall]) -> None:
+        self.calls = calls
+
+    def __str__(self) -> str:
+        if not self.calls:
+            return "no effops call was made"
+        rows = [("module", "function", "input", "kernel", "output", "backend", "why not the others")]
+        for call in self.calls:
+            others = "; ".join(f"{name}: {reason}" for name, reason in call.why_not.items())
+            rows.append((call.module or "-", *call[1:6], others or "-"))
+        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]) - 1)]
+        lines = ["  ".join((*(cell.ljust(w) for cell, w in zip(row, widths)), row[-1])) for row in rows]  # noqa: B905
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
+    g, (_, _, r, s) = call.geometry, call.weight.shape
+    kernel = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
+    channels = call.input.shape[1] * g[8]
+    if call.pw_weight is not None:
+        kernel += " + 1x1"
+        channels = g[14] + call.pw_weight.shape[0]
+    output = f"[{channels}] x2" if call.op == "dwconv_stats" else str([call.input.shape[0], channels, *call.size])
+    why_not = {}
+    for backend in BACKENDS:
+        if backend is not taken:
+            reasons = backend.why_not(call)
+            after = BACKENDS.index(backend) > BACKENDS.index(taken)
+            fallback = "comes later in the list" if after else "the cost rule prefers another, or another was asked for"
+            why_not[backend.name] = "; ".join(reasons) or fallback
+    return ExplainedCall(module, call.name, _describe(call), kernel, output.replace(" ", "", 3), taken.name, why_not)
+
+
+def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:
+    """Runs `model(*inputs, **kwargs)` once, without gradients, and tells which backend each effops call takes, and why.
+
+    Args:
+        model: a module, or any callable.
+        *inputs: its arguments.
+        **kwargs: its keyword arguments.
+
+    Returns:
+        An `Explanation`: print it, or read its `calls`.
+
+    Raises:
+        TypeError: the model is not callable.
+    """
+    global _recorder
+    if not callable(model):
+        raise TypeError(f"explain: the model must be a module or another callable; got {type(model).__name__}")
+    known = {id(m): name for name, m in model.named_modules()} if isinstance(model, torch.nn.Module) else {}
+    stack: list[str] = []
+    calls: list[ExplainedCall] = []
+
+    def enter(module: torch.nn.Module, _args: Any) -> None:
+        stack.append(known.get(id(module), type(module).__name__))
+
+    def leave(_module: torch.nn.Module, _args: Any, _output: Any) -> None:
+        stack.pop()
+
+    def record(call: Call, taken: Backend) -> None:
+        calls.append(_explained(stack[-1] if stack else "", call, taken))
+
+    # Global hooks: hooks on the modules themselves could change the path that a fused module takes.
+    handles = [
+        _module_hooks.register_module_forward_pre_hook(enter),
+        _module_hooks.register_module_forward_hook(leave),
+    ]
+    before, _recorder = _recorder, record
+    try:
+        with torch.no_grad():
+            model(*inputs, **kwargs)
+    finally:
+        _recorder = before
+        for handle in handles:
+            handle.remove()
+    return Explanation(calls)

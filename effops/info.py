@@ -1,0 +1,104 @@
+"""What a bug report needs: versions, CPU, backends and why not the others. Standard library and torch only; never throws."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from importlib import metadata
+from typing import Any
+
+# Every environment variable that effops or its build reads.
+ENVIRONMENT = ("EFFOPS_BACKEND", "EFFOPS_BUILD", "MAX_JOBS", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST")
+
+
+def _safe(function: Callable[[], Any]) -> Any:
+    """The function's result, or the error as text: a report of a broken machine is the one that is needed most."""
+    try:
+        return function()
+    except Exception as error:
+        return f"unknown ({type(error).__name__}: {error})"
+
+
+def _cpu() -> str:
+    if sys.platform.startswith("linux"):
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if line.startswith("model name"):
+                    return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _torch() -> dict[str, Any]:
+    import torch
+
+    return {
+        "torch": torch.__version__,
+        "torch cuda build": torch.version.cuda or "no",
+        "cpu capability of torch": _safe(torch.backends.cpu.get_cpu_capability),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _backends() -> dict[str, str]:
+    """For each backend: works, or why not, judged on a small float32 input on the CPU."""
+    import torch
+
+    from effops import backends
+
+    x = torch.zeros(1, 8, 8, 8)
+    call = backends.Call(
+        "dwconv", "info", x, x.new_zeros(8, 1, 3, 3), None, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], (8, 8)
+    )
+    return {b.name: "; ".join(_safe(lambda b=b: b.why_not(call))) or "works" for b in backends.BACKENDS}
+
+
+def _kernels() -> dict[str, Any]:
+    from effops import _library
+
+    if not _library.kernels_loaded:
+        return {"loaded": False, "why not": _library.why_not_loaded}
+    return {"loaded": True, "file": str(_library.LIBRARY_PATH), **_library.build_info()}
+
+
+def _effops() -> str:
+    import effops
+
+    return effops.__version__
+
+
+def collect() -> dict[str, Any]:
+    """The report as a dictionary of plain values."""
+    return {
+        "effops": _safe(_effops),
+        "python": platform.python_version(),
+        "platform": _safe(platform.platform),
+        "cpu": _safe(_cpu),
+        "cores": os.cpu_count(),
+        "torch": _safe(_torch),
+        "packages": {name: _safe(lambda name=name: _version(name)) for name in ("numpy", "triton")},
+        "kernel library": _safe(_kernels),
+        "backends": _safe(_backends),
+        "environment": {name: os.environ.get(name, "(not set)") for name in ENVIRONMENT},
+    }
+
+
+def text(report: dict[str, Any], indent: int = 0) -> str:
+    """The report as indented lines."""
+    lines = []
+    for key, value in report.items():
+        if isinstance(value, dict):
+            lines.append(f"{' ' * indent}{key}:")
+            lines.append(text(value, indent + 2))
+        else:
+            shown = ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
+            lines.append(f"{' ' * indent}{key}: {shown}")
+    return "\n".join(lines)

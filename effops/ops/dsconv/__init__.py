@@ -1,0 +1,130 @@
+"""Depthwise convolution -> epilogue -> pointwise convolution -> epilogue as one operator: fake and autograd.Function."""
+
+from __future__ import annotations
+
+import torch
+
+from effops import _library
+from effops.ops import geometry as G
+from effops.ops.dsconv import reference
+from effops.ops.dwconv import Kernels, fake_gradients, fake_output, kernel_gradients
+from effops.ops.epilogue import Epilogue, output_gives_gradient
+from effops.ops.higher_order import KernelFunction, reference_gradients
+
+_ops = torch.ops.effops
+
+# A backend joins by adding its operators here (and its entry in effops/backends.py).
+KERNELS = {"cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default)}
+
+# Positions among the 12 tensors of the operator.
+_PASSTHROUGH, _DW_RESIDUAL, _RESIDUAL = 1, 6, 11
+_IMAGES = 1 | 1 << _PASSTHROUGH | 1 << _DW_RESIDUAL | 1 << _RESIDUAL
+
+
+@torch.library.register_fake("effops::dsconv_fwd", lib=_library.lib)
+def _dsconv_fwd(
+    input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, scale, shift, residual, geometry, slopes,
+):  # fmt: skip
+    n, _, h, w = input.shape
+    p, q = G.output_size(h, w, dw_weight.shape[2], dw_weight.shape[3], geometry)
+    return fake_output(input, (n, geometry[G.KEEP] + pw_weight.shape[0], p, q), geometry)
+
+
+@torch.library.register_fake("effops::dsconv_bwd", lib=_library.lib)
+def _dsconv_bwd(
+    grad_output, output, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, scale, shift, residual, geometry, slopes, mask,
+):  # fmt: skip
+    tensors = (
+        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, scale, shift, residual,
+    )  # fmt: skip
+    return fake_gradients(tensors, _IMAGES, geometry, mask)
+
+
+class DSConv2dFunction(KernelFunction):
+    """z = cat[passthrough, dw_chain(input)];  y = cat[z[:, -keep:], pw_chain(z)].
+
+    dw_chain(x) = dw_post_act(dw_act(depthwise_conv2d(x, dw_weight) + dw_bias) * dw_scale + dw_shift + dw_residual) and
+    pw_chain(z) = post_act(act(conv2d(z, pw_weight) + bias) * scale + shift + residual). Call it as
+    `DSConv2dFunction.apply(input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual, pw_weight, bias,
+    scale, shift, residual, geometry, slopes, backend)`. It checks nothing: `effops.functional.ds_conv2d` is the checked
+    door to it.
+
+    Args:
+        input: [N,C,H,W].
+        passthrough: [N,Cp,P,Q] or None, goes to the pointwise convolution before the depthwise's channels.
+        dw_weight: [B,1,R,S]; depthwise output channel o of D = C * multiplier uses kernel o mod B.
+        dw_bias, dw_scale, dw_shift: [D] or None.
+        dw_residual: [N,D,P,Q] or None.
+        pw_weight: [K,Cp+D,1,1].
+        bias, scale, shift: [K] or None.
+        residual: [N,K,P,Q] or None.
+        geometry: the 15 ints of `effops/schemas.inc`.
+        slopes: [depthwise slope, pointwise slope].
+        backend: name of the backend whose kernels run, forward and backward ("cpp").
+
+    Returns:
+        [N,keep+K,P,Q].
+
+    Saved for backward are the inputs, and the output where the pointwise activation's derivative can be read off it; the
+    depthwise result z is recomputed. The gradient can be differentiated again (the second time through the reference).
+
+    Raises:
+        RuntimeError: under functorch transforms or forward-mode AD.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, scale, shift, residual, geometry, slopes, backend="cpp",
+    ):  # fmt: skip
+        kernels = KERNELS[backend]
+        output = kernels.forward(
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, bias, scale, shift, residual, geometry, slopes,
+        )  # fmt: skip
+        post = geometry[G.PW_POST_ACTIVATION]
+        saved = None
+        if output_gives_gradient(geometry[G.PW_ACTIVATION], slopes[1], post, scale, shift, residual):
+            saved = output
+        # Without a post-activation the residual's gradient is the output's: neither is the residual needed nor a kernel.
+        ctx.save_for_backward(
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, bias, scale, shift, residual if post else None, saved,
+        )  # fmt: skip
+        ctx.static = (geometry, slopes, kernels)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        *tensors, output = ctx.saved_tensors
+        geometry, slopes, kernels = ctx.static
+        needs = list(ctx.needs_input_grad[:12])
+        pass_residual = needs[_RESIDUAL] and not geometry[G.PW_POST_ACTIVATION]
+        if pass_residual:
+            needs[_RESIDUAL] = False
+        if torch.is_grad_enabled():
+            gradients = reference_gradients(_reference(geometry, slopes), tensors, needs, (grad_output,))
+        else:
+            gradients = kernel_gradients(kernels.backward, (grad_output, output), tensors, (geometry, slopes), needs)
+        if pass_residual:
+            gradients[_RESIDUAL] = grad_output[:, geometry[G.KEEP] :]
+        return (*gradients, None, None, None)
+
+
+def _reference(geometry, slopes):
+    def run(
+        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, scale, shift, residual,
+    ):  # fmt: skip
+        dw_epilogue = Epilogue(
+            dw_bias, dw_scale, dw_shift, dw_residual, geometry[G.ACTIVATION], geometry[G.POST_ACTIVATION], slopes[0]
+        )
+        epilogue = Epilogue(
+            bias, scale, shift, residual, geometry[G.PW_ACTIVATION], geometry[G.PW_POST_ACTIVATION], slopes[1]
+        )
+        return reference.dsconv(input, passthrough, dw_weight, dw_epilogue, pw_weight, epilogue, geometry)
+
+    return run

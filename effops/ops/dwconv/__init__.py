@@ -1,0 +1,203 @@
+"""Depthwise convolution with its epilogue, and its batch statistics: fakes and autograd.Functions over the kernels.
+
+Learned, shared and fixed banks are one operator: output channel o of C * multiplier reads input channel o // multiplier
+with kernel `weight[o mod B]`, weight [B,1,R,S].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from effops import _library
+from effops.ops import geometry as G
+from effops.ops.dwconv import reference
+from effops.ops.epilogue import Epilogue, output_gives_gradient
+from effops.ops.higher_order import KernelFunction, reference_gradients
+
+_ops = torch.ops.effops
+
+
+class Kernels(NamedTuple):
+    """The operators that one backend brings for one autograd.Function."""
+
+    forward: Callable
+    backward: Callable
+
+
+# A backend joins by adding its operators here (and its entry in effops/backends.py).
+KERNELS = {"cpp": Kernels(_ops.dwconv_fwd.default, _ops.dwconv_bwd.default)}
+STATS_KERNELS = {"cpp": Kernels(_ops.dwconv_stats.default, _ops.dwconv_stats_bwd.default)}
+
+
+# ---- fakes ----------------------------------------------------------------------------------------------------------
+
+
+def fake_output(input: Tensor, shape: Sequence[int], geometry: list[int]) -> Tensor:
+    """An empty tensor as the kernels allocate it: the input's dtype and device, the geometry's memory format."""
+    return torch.empty(
+        shape, dtype=input.dtype, device=input.device, memory_format=G.memory_format(geometry[G.CHANNELS_LAST])
+    )
+
+
+def fake_gradients(tensors: Sequence[Tensor | None], images: int, geometry: list[int], mask: int) -> list[Tensor]:
+    """Empty gradients of the tensors in `mask`; the ones at the bits of `images` are laid out by the geometry."""
+    gradients = []
+    for bit, tensor in enumerate(tensors):
+        if mask >> bit & 1:
+            if tensor is None:
+                raise RuntimeError(f"the gradient mask {mask:#x} asks for tensor {bit}, which is absent")
+            if images >> bit & 1:
+                gradients.append(fake_output(tensor, tensor.shape, geometry))
+            else:
+                gradients.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
+    return gradients
+
+
+@torch.library.register_fake("effops::dwconv_fwd", lib=_library.lib)
+def _dwconv_fwd(input, weight, bias, scale, shift, residual, geometry, slope):
+    n, c, h, w = input.shape
+    p, q = G.output_size(h, w, weight.shape[2], weight.shape[3], geometry)
+    return fake_output(input, (n, c * geometry[G.MULTIPLIER], p, q), geometry)
+
+
+@torch.library.register_fake("effops::dwconv_bwd", lib=_library.lib)
+def _dwconv_bwd(grad_output, output, input, weight, bias, scale, shift, residual, geometry, slope, mask):
+    return fake_gradients((input, weight, bias, scale, shift, residual), 0b100001, geometry, mask)
+
+
+@torch.library.register_fake("effops::dwconv_stats", lib=_library.lib)
+def _dwconv_stats(input, weight, bias, geometry):
+    channels = input.shape[1] * geometry[G.MULTIPLIER]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    mean = torch.empty(channels, dtype=dtype, device=input.device)
+    return mean, torch.empty_like(mean)
+
+
+@torch.library.register_fake("effops::dwconv_stats_bwd", lib=_library.lib)
+def _dwconv_stats_bwd(grad_mean, grad_var, mean, input, weight, bias, geometry, mask):
+    return fake_gradients((input, weight, bias), 0b001, geometry, mask)
+
+
+# ---- autograd -------------------------------------------------------------------------------------------------------
+
+
+class DepthwiseConv2dFunction(KernelFunction):
+    """y = post_act(act(depthwise_conv2d(input, weight) + bias) * scale + shift + residual).
+
+    Call it as `DepthwiseConv2dFunction.apply(input, weight, bias, scale, shift, residual, geometry, slope, backend)`.
+    It checks nothing: `effops.functional.depthwise_conv2d` is the checked door to it.
+
+    Args:
+        input: [N,C,H,W].
+        weight: [B,1,R,S]; output channel o uses kernel o mod B.
+        bias: [K] with K = C * multiplier, or None; so are scale and shift.
+        residual: [N,K,P,Q] or None.
+        geometry: the 12 ints of `effops/schemas.inc`.
+        slope: negative slope of leaky_relu.
+        backend: name of the backend whose kernels run, forward and backward ("cpp").
+
+    Returns:
+        [N,K,P,Q].
+
+    Saved for backward are the inputs; the output where the activation's derivative can be read off it; never an
+    intermediate. The gradient can be differentiated again (the second time through the reference).
+
+    Raises:
+        RuntimeError: under functorch transforms or forward-mode AD.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, scale, shift, residual, geometry, slope, backend="cpp"):
+        kernels = KERNELS[backend]
+        output = kernels.forward(input, weight, bias, scale, shift, residual, geometry, slope)
+        post = geometry[G.POST_ACTIVATION]
+        saved = None
+        if output_gives_gradient(geometry[G.ACTIVATION], slope, post, scale, shift, residual):
+            saved = output
+        # Without a post-activation the residual's gradient is the output's: neither is the residual needed nor a kernel.
+        ctx.save_for_backward(input, weight, bias, scale, shift, residual if post else None, saved)
+        ctx.static = (geometry, slope, kernels)
+        return output
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        input, weight, bias, scale, shift, residual, output = ctx.saved_tensors
+        geometry, slope, kernels = ctx.static
+        needs = list(ctx.needs_input_grad[:6])
+        pass_residual = needs[5] and not geometry[G.POST_ACTIVATION]
+        if pass_residual:
+            needs[5] = False
+        tensors = (input, weight, bias, scale, shift, residual)
+        if torch.is_grad_enabled():
+            gradients = reference_gradients(_reference(geometry, slope), tensors, needs, (grad_output,))
+        else:
+            gradients = kernel_gradients(kernels.backward, (grad_output, output), tensors, (geometry, slope), needs)
+        if pass_residual:
+            gradients[5] = grad_output
+        return (*gradients, None, None, None)
+
+
+def _reference(geometry, slope):
+    def run(input, weight, bias, scale, shift, residual):
+        epilogue = Epilogue(bias, scale, shift, residual, geometry[G.ACTIVATION], geometry[G.POST_ACTIVATION], slope)
+        return reference.dwconv(input, weight, geometry, epilogue)
+
+    return run
+
+
+def kernel_gradients(
+    kernel: Callable, head: tuple, tensors: tuple, statics: tuple, needs: Sequence[bool]
+) -> list[Tensor | None]:
+    """Calls a *_bwd operator with the mask of `needs` and puts the gradients it returns into their places."""
+    mask = 0
+    for bit, need in enumerate(needs):
+        if need:
+            mask |= 1 << bit
+    if not mask:
+        return [None] * len(needs)
+    found = iter(kernel(*head, *tensors, *statics, mask))
+    return [next(found) if need else None for need in needs]
+
+
+class DepthwiseStatsFunction(KernelFunction):
+    """mean, var = batch statistics of u = depthwise_conv2d(input, weight) + bias, without storing u.
+
+    Call it as `DepthwiseStatsFunction.apply(input, weight, bias, geometry, backend)`; arguments as for
+    `DepthwiseConv2dFunction`, with no activations in `geometry`.
+
+    Returns:
+        mean [K] and population variance [K] over N, P and Q: float64 for a float64 input, else float32.
+
+    Backward: du = (grad_mean + 2 * grad_var * (u - mean)) / (N * P * Q), with u recomputed.
+
+    Raises:
+        RuntimeError: under functorch transforms or forward-mode AD.
+    """
+
+    @staticmethod
+    def forward(ctx, input, weight, bias, geometry, backend="cpp"):
+        kernels = STATS_KERNELS[backend]
+        mean, var = kernels.forward(input, weight, bias, geometry)
+        ctx.save_for_backward(input, weight, bias, mean)
+        ctx.static = (geometry, kernels)
+        return mean, var
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_var):
+        input, weight, bias, mean = ctx.saved_tensors
+        geometry, kernels = ctx.static
+        needs = ctx.needs_input_grad[:3]
+        tensors = (input, weight, bias)
+        if torch.is_grad_enabled():
+
+            def run(input, weight, bias):
+                return reference.dwconv_stats(input, weight, bias, geometry)
+
+            gradients = reference_gradients(run, tensors, needs, (grad_mean, grad_var))
+        else:
+            gradients = kernel_gradients(kernels.backward, (grad_mean, grad_var, mean), tensors, (geometry,), needs)
+        return (*gradients, None, None)

@@ -1,0 +1,176 @@
+"""Static geometry of a convolution: stride, padding, dilation, output size and memory format."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MAX_INT = 2**31 - 1
+
+# Positions in the int[] that every operator receives (schemas.inc).
+STRIDE_H, STRIDE_W, PAD_TOP, PAD_BOTTOM, PAD_LEFT, PAD_RIGHT, DILATION_H, DILATION_W = range(8)
+MULTIPLIER, CHANNELS_LAST, ACTIVATION, POST_ACTIVATION = range(8, 12)
+PW_ACTIVATION, PW_POST_ACTIVATION, KEEP = range(12, 15)
+
+
+class Geometry(NamedTuple):
+    """A normalised convolution window.
+
+    Attributes:
+        ints: (stride_h, stride_w, pad_top, pad_bottom, pad_left, pad_right, dilation_h, dilation_w).
+        spare_h: padding minus window height; the output height is (H + spare_h) // stride_h + 1 where H + spare_h >= 0.
+        spare_w: the same for the width.
+    """
+
+    ints: tuple[int, ...]
+    spare_h: int
+    spare_w: int
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """(P, Q) of an input of the given size."""
+        return (height + self.spare_h) // self.ints[0] + 1, (width + self.spare_w) // self.ints[1] + 1
+
+
+def as_ints(name: str, value: object, lengths: tuple[int, ...], words: str) -> int | tuple[int, ...]:
+    """Returns `value` as an int or a tuple of ints; raises TypeError / ValueError naming the argument otherwise.
+
+    Args:
+        name: the argument's name, for the message.
+        value: what the caller passed.
+        lengths: the accepted tuple lengths.
+        words: what is accepted, in words.
+    """
+    if isinstance(value, (tuple, list)):
+        if len(value) not in lengths:
+            raise ValueError(f"{name} has {len(value)} elements: {value!r}; accepted: {words}")
+        return tuple([_as_int(name, element, value, words) for element in value])
+    return _as_int(name, value, value, words)
+
+
+def _as_int(name: str, element: object, value: object, words: str) -> int:
+    if type(element) is int:
+        return element
+    # bool is an int to Python, but stride=True is a mistake; numpy integers have __index__ and are fine.
+    if isinstance(element, bool) or not hasattr(element, "__index__") or isinstance(element, Tensor):
+        raise TypeError(f"{name} must be {words}; got {value!r} ({type(element).__name__})")
+    return int(element.__index__())
+
+
+def _pair(name: str, value: int | tuple[int, ...], least: int) -> tuple[int, int]:
+    first, second = (value, value) if isinstance(value, int) else value
+    for element in (first, second):
+        if element < least:
+            raise ValueError(f"{name} must be at least {least}; got {value!r}")
+        if element > MAX_INT:
+            raise ValueError(f"{name} must be at most 2**31 - 1 = {MAX_INT}; got {value!r}")
+    return first, second
+
+
+def _pads(
+    padding: int | str | tuple[int, ...], kernel: tuple[int, int], stride: tuple[int, int], dilation: tuple[int, int]
+) -> tuple[int, int, int, int]:
+    """(top, bottom, left, right)."""
+    if isinstance(padding, str):
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding != "same":
+            raise ValueError(
+                f"unknown padding {padding!r}; accepted: 'same', 'valid', an int, (height, width) or (left, right, top, bottom)"
+            )
+        if stride != (1, 1):
+            raise ValueError(
+                f"padding='same' needs stride 1, as in torch; got stride {stride}; pass the padding as ints"
+            )
+        # An even window has one more row below than above, as torch pads it.
+        rows, columns = dilation[0] * (kernel[0] - 1), dilation[1] * (kernel[1] - 1)
+        return rows // 2, rows - rows // 2, columns // 2, columns - columns // 2
+    if isinstance(padding, tuple) and len(padding) == 4:
+        left, right, top, bottom = padding
+        _pair("padding", (left, right), 0)
+        _pair("padding", (top, bottom), 0)
+        return top, bottom, left, right
+    height, width = _pair("padding", padding, 0)
+    return height, height, width, width
+
+
+@lru_cache(maxsize=4096)
+def window(
+    kernel_h: int,
+    kernel_w: int,
+    stride: int | tuple[int, ...],
+    padding: int | str | tuple[int, ...],
+    dilation: int | tuple[int, ...],
+) -> Geometry:
+    """Normalises stride, padding and dilation; all arguments are ints or tuples of ints already (`as_ints`).
+
+    Cached: these arguments are static in a network, and the cache key must hold plain ints only, because
+    1 == 1.0 == True would hit the same entry.
+
+    Raises:
+        ValueError: non-positive stride or dilation, negative padding, a value over 2**31 - 1, an unknown padding word.
+    """
+    stride_pair = _pair("stride", stride, 1)
+    dilation_pair = _pair("dilation", dilation, 1)
+    top, bottom, left, right = _pads(padding, (kernel_h, kernel_w), stride_pair, dilation_pair)
+    return Geometry(
+        (*stride_pair, top, bottom, left, right, *dilation_pair),
+        top + bottom - dilation_pair[0] * (kernel_h - 1) - 1,
+        left + right - dilation_pair[1] * (kernel_w - 1) - 1,
+    )
+
+
+def output_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry: list[int]) -> tuple[int, int]:
+    """(P, Q) from the int[] that an operator received."""
+    sh, sw, top, bottom, left, right, dh, dw = geometry[:8]
+    return (
+        (height + top + bottom - dh * (kernel_h - 1) - 1) // sh + 1,
+        (width + left + right - dw * (kernel_w - 1) - 1) // sw + 1,
+    )
+
+
+def is_channels_last(x: Tensor) -> bool:
+    """True where `suggest_memory_format` of c10 says channels_last: the strides' order of a 4-D tensor, and nothing else.
+
+    Unlike `is_contiguous(memory_format=torch.channels_last)` it is True for a channels_last chunk `x[:, 8:]`, and unlike
+    it False for an NCHW tensor with C = 1 or H = W = 1, where both formats describe the same memory. It is the rule by
+    which `F.conv2d` lays out its output.
+    """
+    stride_n, stride_c, stride_h, stride_w = x.stride()
+    if stride_w < stride_c:  # the usual NCHW case leaves here
+        return False
+    n, c, h, w = x.shape
+    if n == 0 or c == 0 or h == 0 or w == 0 or stride_c == 0:
+        return False
+    least = stride_c * c
+    if stride_w < least:
+        return False
+    least = stride_w * w
+    if stride_h < least:
+        return False
+    least = stride_h * h
+    # least == stride_c: N111, where identical strides tell nothing; NCHW by definition.
+    return bool(stride_n >= least) and bool(least != stride_c)
+
+
+def memory_format(channels_last: int | bool) -> torch.memory_format:
+    """The torch memory format of the `channels_last` entry of a geometry."""
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+def in_format(x: Tensor, channels_last: int | bool) -> Tensor:
+    """Returns `x` laid out as a fresh tensor of that memory format would be, strides of size-1 dimensions included.
+
+    `Tensor.contiguous` keeps the strides it finds where C = 1 or H = W = 1, so two backends could return different ones.
+    """
+    if torch._C._are_functorch_transforms_active():  # vmap has its own layout and refuses memory formats
+        return x
+    n, c, h, w = x.shape
+    if n == 0 or c == 0 or h == 0 or w == 0:
+        return x
+    expected = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
+    if x.stride() == expected:
+        return x
+    return x.clone(memory_format=memory_format(channels_last))
