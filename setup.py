@@ -28,7 +28,7 @@ LIBRARY = "effops.libeffops_kernels"
 MIN_TORCH = (2, 11)
 # The C shim of this torch release is what the library may use, whichever release it is compiled against.
 TORCH_TARGET_VERSION = "0x{:02x}{:02x}000000000000".format(*MIN_TORCH)
-INSTALL_COMPILER = "install g++ 11 or newer or clang++ 14 or newer (Debian and Ubuntu: apt install g++)"
+INSTALL_COMPILER = "install g++ 11 or newer (Debian and Ubuntu: apt install g++)"
 PURE_PYTHON = "set EFFOPS_BUILD=none for pure Python"
 
 COMPILE_FLAGS = [
@@ -52,7 +52,8 @@ def stop(sentence: str) -> NoReturn:
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command ($CXX may carry a launcher: ``CXX="ccache g++"``), or None where there is none."""
-    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    # g++ first: only GCC compiles the AVX2 and AVX-512 sources (csrc/cpu/args.h).
+    candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     for candidate in candidates:
         command = shlex.split(candidate)
         if shutil.which(command[0]):
@@ -63,7 +64,7 @@ def find_compiler() -> list[str] | None:
 def missing_compiler() -> str:
     if os.environ.get("CXX"):
         return f"CXX={os.environ['CXX']!r} is not a program that can be run"
-    return "no C++ compiler (c++, g++ or clang++) was found"
+    return "no C++ compiler (g++, c++ or clang++) was found"
 
 
 def wants_kernels() -> bool:
