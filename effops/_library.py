@@ -1,8 +1,8 @@
-"""Loads the kernel library, or remembers why it could not be loaded; the operators `torch.ops.effops.*` exist either way.
+"""Loads the kernel library, or remembers why it does not load; the operators `torch.ops.effops.*` exist either way.
 
-`libeffops_kernels.so` defines the schemas itself (so that a C++ process can load it without Python). Where it is missing
-or does not load, the same strings from `schemas.inc` are defined here: fakes, `torch.export` and error messages work then
-too, only the kernels are absent.
+`libeffops_kernels.so` defines the schemas itself (so that a C++ process can load it without Python). Where it is
+missing or does not load, the same strings from `schemas.inc` are defined here: fakes, `torch.export` and error messages
+work then too, only the kernels are absent.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def _load() -> str | None:
     """Loads the kernel library; returns None, or the reason why there are no kernels."""
     if not LIBRARY_PATH.exists():
         return (
-            f"the kernel library {LIBRARY_PATH.name} is not built (no C++ compiler at install time, or EFFOPS_BUILD=none); "
-            "reinstall effops with a C++ compiler"
+            f"the kernel library {LIBRARY_PATH.name} is not built (no C++ compiler at install time, or "
+            "EFFOPS_BUILD=none); reinstall effops with a C++ compiler"
         )
     try:
         torch.ops.load_library(str(LIBRARY_PATH))

@@ -1,4 +1,4 @@
-"""One documented `torch.autograd.Function` per operator: public API for those who build their own layers on the kernels."""
+"""One documented `torch.autograd.Function` per operator: public API for layers of one's own on the kernels."""
 
 from effops.ops.dsconv import DSConv2dFunction
 from effops.ops.dwconv import DepthwiseConv2dFunction, DepthwiseStatsFunction

@@ -1,8 +1,9 @@
 """Which backend runs a call, and why not the others.
 
-An ordered list: each backend says for a call, as a list of sentences, why it cannot run it (an empty list: it can), and
-whether it pays. "auto" takes the first with no reasons whose cost rule agrees; it never raises, because the reference at
-the end of the list runs everything. A backend asked for by name never falls back: it raises with every backend's reasons.
+An ordered list: each backend says for a call, as a list of sentences, why it cannot run it (an empty list: it can),
+and whether it pays. "auto" takes the first with no reasons whose cost rule agrees; it never raises, because the
+reference at the end of the list runs everything. A backend asked for by name never falls back: it raises with every
+backend's reasons.
 
 A new backend is one `Backend` in `BACKENDS`, and its operators in the `KERNELS` tables of `effops/ops/<op>`.
 """
@@ -113,7 +114,7 @@ def _transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-# A plain module global, not a ContextVar: Dynamo's fullgraph rejects those. It holds for the whole process, threads included.
+# A plain module global, not a ContextVar: Dynamo's fullgraph rejects those. It holds for the whole process.
 _selected: str = os.environ.get(ENV_VARIABLE, "") or "auto"
 _recorder: Callable[[Call, Backend], None] | None = None
 

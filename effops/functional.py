@@ -1,13 +1,14 @@
 """effops.functional (EF): checked functions over the operators, in torch's argument order and words.
 
-Every function checks its arguments (TypeError: a wrong kind; ValueError: a wrong value; the message says what was wrong,
-what was got, what is accepted), casts under autocast as `F.conv2d` does, picks the output's memory format as `F.conv2d`
-does, chooses the backend and calls it. Output shape, dtype and memory format depend on the inputs alone.
+Every function checks its arguments (TypeError: a wrong kind; ValueError: a wrong value; the message says what was
+wrong, what was got, what is accepted), casts under autocast as `F.conv2d` does, picks the output's memory format as
+`F.conv2d` does, chooses the backend and calls it. Output shape, dtype and memory format depend on the inputs alone.
 
 Shared by all of them:
-    epilogue: `post_activation(activation(conv + bias) * scale + shift + residual)`, each part optional. Activations: none,
-        relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu; `negative_slope` belongs to leaky_relu.
-        bias, scale and shift are [K], of the input's dtype or float32; residual has the convolution's output shape.
+    epilogue: `post_activation(activation(conv + bias) * scale + shift + residual)`, each part optional. Activations:
+        none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu; `negative_slope` belongs to
+        leaky_relu. bias, scale and shift are [K], of the input's dtype or float32; residual has the convolution's
+        output shape.
     stride, dilation: an int or (height, width).
     padding: an int, (height, width), (left, right, top, bottom) as `F.pad` orders it, "same" (stride 1) or "valid".
     backend: "auto", or a name of `effops.backends.names()`. One asked for by name never falls back.
@@ -187,11 +188,13 @@ def _cast_affine(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 _BANK = 0  # `share` of a fixed bank: any number of kernels
 
 
-def _weight(op: str, name: str, weight: Tensor | str, input: Tensor, share: int) -> tuple[Tensor, int]:
+def _weight(
+    op: str, name: str, weight: Tensor | str, input: Tensor, share: int, multiplier: int = 1
+) -> tuple[Tensor, int]:
     """The depthwise weight as [B,1,R,S], and the channel multiplier.
 
-    4-D: learned, shared by `share` chunks of channels, or a bank where share is `_BANK`. 3-D or a name: a bank of any
-    length; a bank's multiplier is 1.
+    4-D: learned, shared by `share` chunks of channels, or a bank where share is `_BANK`. 3-D or a name: a bank. A bank
+    has any length, so it does not tell the multiplier: it is the one given.
     """
     if isinstance(weight, Tensor):
         if weight.dim() == 3:
@@ -216,7 +219,7 @@ def _weight(op: str, name: str, weight: Tensor | str, input: Tensor, share: int)
     ):
         _require_weight(op, name, weight, input)
     if share == _BANK:
-        return weight, 1
+        return weight, multiplier
     channels, kernels = input.shape[1], shape[0] * share
     if kernels % channels:
         raise ValueError(_channel_mismatch(op, name, shape[0], share, channels))
@@ -229,7 +232,7 @@ def _channel_mismatch(op: str, name: str, kernels: int, share: int, channels: in
     return f"{got} but input has {channels} channels; accepted: a multiple of the channels{hint}"
 
 
-def _share(op: str, name: str, value: int) -> int:
+def _positive(op: str, name: str, value: int) -> int:
     if type(value) is not int:
         raise TypeError(f"{op}: {name} must be an int; got {value!r} ({type(value).__name__})")
     if value < 1:
@@ -251,7 +254,7 @@ def _input(op: str, input: Tensor) -> None:
 
 
 def _needs_grad(*tensors: Tensor | None) -> bool:
-    for t in tensors:
+    for t in tensors:  # noqa: SIM110  any() over a generator takes three times as long
         if t is not None and t.requires_grad:
             return True
     return False
@@ -261,7 +264,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _depthwise(
-    op, input, weight, bias, stride, padding, dilation, share,
+    op, input, weight, bias, stride, padding, dilation, share, multiplier,
     activation, negative_slope, scale, shift, residual, post_activation, backend,
 ):  # fmt: skip
     """The body of the three depthwise functions: check, choose, call."""
@@ -269,7 +272,7 @@ def _depthwise(
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias, residual = _autocast(input, weight, bias, residual)
         scale, shift = _cast_affine(scale, input.dtype), _cast_affine(shift, input.dtype)
-    weight, multiplier = _weight(op, "weight", weight, input, share)
+    weight, multiplier = _weight(op, "weight", weight, input, share, multiplier)
     window = _window(op, input, weight, stride, padding, dilation)
     n, c, h, w = input.shape
     k = c * multiplier
@@ -344,10 +347,10 @@ def depthwise_conv2d(
         ValueError: a wrong shape, size, device or name.
         RuntimeError: the backend asked for by name cannot run this.
 
-    Depthwise convolutions are the first half of the depthwise separable convolution (MobileNets, arXiv 1704.04861, 3.1).
+    The first half of the depthwise separable convolution (MobileNets, arXiv 1704.04861, 3.1).
     """
     return _depthwise(
-        "depthwise_conv2d", input, weight, bias, stride, padding, dilation, 1,
+        "depthwise_conv2d", input, weight, bias, stride, padding, dilation, 1, 1,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip
 
@@ -368,7 +371,7 @@ def shared_depthwise_conv2d(
     post_activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """Depthwise convolution whose channel c uses kernel c mod B: `depthwise_conv2d(input, weight.repeat(C / B, 1, 1, 1))`.
+    """y = depthwise_conv2d(input, weight.repeat(C / B, 1, 1, 1)): channel c uses kernel c mod B.
 
     The gradient of a kernel is the sum over the channels that use it.
 
@@ -399,7 +402,7 @@ def shared_depthwise_conv2d(
     elif isinstance(weight, Tensor) and weight.dim() == 3:
         raise ValueError(f"{op}: weight must have 4 dimensions [B,1,R,S]; got {_shape(weight)}")
     return _depthwise(
-        op, input, weight, bias, stride, padding, dilation, share,
+        op, input, weight, bias, stride, padding, dilation, share, 1,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip
 
@@ -411,6 +414,7 @@ def fixed_filter_conv2d(
     padding: Padding = 1,
     dilation: Ints = 1,
     *,
+    multiplier: int = 1,
     bias: Tensor | None = None,
     activation: str = "none",
     negative_slope: float = 0.01,
@@ -420,7 +424,7 @@ def fixed_filter_conv2d(
     post_activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """Depthwise convolution with a bank of fixed kernels: channel c uses kernel c mod K.
+    """Depthwise convolution with a bank of fixed kernels: output channel o uses kernel o mod K.
 
     Args:
         input: [N,C,H,W].
@@ -428,19 +432,21 @@ def fixed_filter_conv2d(
             "binomial3", "binomial5"), or the kernels [K,R,S] or [K,1,R,S], of the input's dtype. A name builds its
             tensor on every call: pass a tensor where calls are short.
         stride, padding, dilation, backend: as `depthwise_conv2d`.
-        bias: [C], or None.
+        multiplier: output channels an input channel; with multiplier = K every channel goes through every kernel.
+        bias: [C * multiplier], or None.
         activation, negative_slope, scale, shift, residual, post_activation: the epilogue, as `depthwise_conv2d`.
 
     Returns:
-        [N,C,P,Q].
+        [N,C * multiplier,P,Q].
 
     Raises:
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`; ValueError for an unknown bank.
 
     VGNet's fixed edge and Gaussian kernels (arXiv 2210.00943, Appendix D); blur before subsampling (arXiv 1904.11486).
     """
+    _positive("fixed_filter_conv2d", "multiplier", multiplier)
     return _depthwise(
-        "fixed_filter_conv2d", input, bank, bias, stride, padding, dilation, _BANK,
+        "fixed_filter_conv2d", input, bank, bias, stride, padding, dilation, _BANK, multiplier,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip
 
@@ -478,7 +484,7 @@ def depthwise_stats2d(
     _input(op, input)
     if torch.is_autocast_enabled(input.device.type):
         input, weight, bias = _autocast(input, weight, bias)
-    weight, multiplier = _weight(op, "weight", weight, input, _share(op, "share", share))
+    weight, multiplier = _weight(op, "weight", weight, input, _positive(op, "share", share))
     window = _window(op, input, weight, stride, padding, dilation)
     n, c, h, w = input.shape
     k = c * multiplier
@@ -513,7 +519,11 @@ def _separable(
         )
         dw_scale, dw_shift = _cast_affine(dw_scale, input.dtype), _cast_affine(dw_shift, input.dtype)
         scale, shift = _cast_affine(scale, input.dtype), _cast_affine(shift, input.dtype)
-    dw_weight, multiplier = _weight(op, "dw_weight", dw_weight, input, _share(op, "dw_share", dw_share))
+    bank_multiplier = 1
+    if type(dw_weight) is str or (isinstance(dw_weight, Tensor) and dw_weight.dim() == 3):
+        bank_multiplier = _bank_multiplier(input, passthrough, pw_weight)
+    share = _positive(op, "dw_share", dw_share)
+    dw_weight, multiplier = _weight(op, "dw_weight", dw_weight, input, share, bank_multiplier)
     window = _window(op, input, dw_weight, stride, padding, dilation)
     n, c, h, w = input.shape
     d = c * multiplier
@@ -563,6 +573,14 @@ def _separable(
     if torch.is_grad_enabled() and _needs_grad(*tensors):
         return _dsconv.DSConv2dFunction.apply(*tensors, geometry, slopes, taken)
     return _dsconv.KERNELS[taken].forward(*tensors, geometry, slopes)
+
+
+def _bank_multiplier(input: Tensor, passthrough: Tensor | None, pw_weight: Tensor) -> int:
+    """Depthwise channels an input channel gives, where dw_weight, a bank, does not tell; `_pointwise` checks it."""
+    if not isinstance(pw_weight, Tensor) or pw_weight.dim() != 4:
+        return 1
+    through = passthrough.shape[1] if isinstance(passthrough, Tensor) and passthrough.dim() == 4 else 0
+    return max(1, (pw_weight.shape[1] - through) // input.shape[1])
 
 
 def _pointwise(
@@ -640,8 +658,8 @@ def ds_conv2d(
 
     Args:
         input: [N,C,H,W]; any strides; N may be 0.
-        dw_weight: [D,1,R,S], D a multiple of C (with dw_share: [D / dw_share,1,R,S]); or a fixed bank [B,R,S] or its
-            name, where channel c uses kernel c mod B and D = C.
+        dw_weight: [D,1,R,S], D a multiple of C (with dw_share: [D / dw_share,1,R,S]); or a bank [B,R,S] of any length,
+            or its name, whose kernel c mod B serves depthwise channel c (D then follows from pw_weight).
         pw_weight: [K,Cp+D,1,1], with Cp the channels of passthrough (0 without).
         dw_bias: [D], or None; so are dw_scale and dw_shift.
         pw_bias: [K], or None; so are scale and shift.
@@ -666,8 +684,8 @@ def ds_conv2d(
     MobileNets (arXiv 1704.04861, 3.1); with passthrough and keep, VGNet's blocks (arXiv 2210.00943).
     """
     return _separable(
-        "ds_conv2d", input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation, dw_share, keep,
-        dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation,
+        "ds_conv2d", input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
+        dw_share, keep, dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip
 
@@ -776,7 +794,8 @@ def downsampling2d(
     VGNet (arXiv 2210.00943), DownsamplingBlock.
     """
     return _separable(
-        "downsampling2d", input, None, dw_weight_or_bank, dw_bias, pw_weight, pw_bias, stride, padding, dilation, 1, keep,
+        "downsampling2d", input, None, dw_weight_or_bank, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
+        1, keep,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a bug report needs: versions, CPU, backends and why not the others. Standard library and torch only; never throws."""
+"""What a bug report needs: versions, CPU, backends and why not the others. Standard library and torch; never throws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,15 @@ from importlib import metadata
 from typing import Any
 
 # Every environment variable that effops or its build reads.
-ENVIRONMENT = ("EFFOPS_BACKEND", "EFFOPS_BUILD", "MAX_JOBS", "OMP_NUM_THREADS", "TORCH_CUDA_ARCH_LIST")
+ENVIRONMENT = (
+    "EFFOPS_BACKEND",
+    "EFFOPS_CPU_ISA",
+    "EFFOPS_BUILD",
+    "EFFOPS_SANITIZE",
+    "CXX",
+    "MAX_JOBS",
+    "OMP_NUM_THREADS",
+)
 
 
 def _safe(function: Callable[[], Any]) -> Any:

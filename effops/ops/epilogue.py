@@ -2,8 +2,8 @@
 
     y = post_activation(activation(conv + bias) * scale + shift + residual)
 
-each part optional, in that order. conv-BN-act networks fold into weight, bias and activation; conv-act-BN networks (VGNet,
-arXiv 2210.00943, and the small networks of "Nuts & Bolts") need scale and shift after the activation; ResNet's
+each part optional, in that order. conv-BN-act networks fold into weight, bias and activation; conv-act-BN networks
+(VGNet, arXiv 2210.00943, and the small networks of "Nuts & Bolts") need scale and shift after the activation; ResNet's
 add-then-ReLU is the post-activation.
 """
 

@@ -78,7 +78,8 @@ def _pads(
             return 0, 0, 0, 0
         if padding != "same":
             raise ValueError(
-                f"unknown padding {padding!r}; accepted: 'same', 'valid', an int, (height, width) or (left, right, top, bottom)"
+                f"unknown padding {padding!r}; accepted: 'same', 'valid', an int, (height, width) or "
+                "(left, right, top, bottom)"
             )
         if stride != (1, 1):
             raise ValueError(
@@ -132,11 +133,11 @@ def output_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry:
 
 
 def is_channels_last(x: Tensor) -> bool:
-    """True where `suggest_memory_format` of c10 says channels_last: the strides' order of a 4-D tensor, and nothing else.
+    """True where `suggest_memory_format` of c10 says channels_last: by the order of a 4-D tensor's strides alone.
 
-    Unlike `is_contiguous(memory_format=torch.channels_last)` it is True for a channels_last chunk `x[:, 8:]`, and unlike
-    it False for an NCHW tensor with C = 1 or H = W = 1, where both formats describe the same memory. It is the rule by
-    which `F.conv2d` lays out its output.
+    Unlike `is_contiguous(memory_format=torch.channels_last)` it is True for a channels_last chunk `x[:, 8:]`, and
+    unlike it False for an NCHW tensor with C = 1 or H = W = 1, where both formats describe the same memory. It is the
+    rule by which `F.conv2d` lays out its output.
     """
     stride_n, stride_c, stride_h, stride_w = x.stride()
     if stride_w < stride_c:  # the usual NCHW case leaves here
@@ -163,7 +164,7 @@ def memory_format(channels_last: int | bool) -> torch.memory_format:
 def in_format(x: Tensor, channels_last: int | bool) -> Tensor:
     """Returns `x` laid out as a fresh tensor of that memory format would be, strides of size-1 dimensions included.
 
-    `Tensor.contiguous` keeps the strides it finds where C = 1 or H = W = 1, so two backends could return different ones.
+    `Tensor.contiguous` keeps the strides it finds where C = 1 or H = W = 1: two backends could return different ones.
     """
     if torch._C._are_functorch_transforms_active():  # vmap has its own layout and refuses memory formats
         return x

@@ -7,7 +7,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-REFUSAL = "{name} supports neither functorch transforms (vmap, grad, jvp) nor forward-mode AD: pass backend='reference', which does"
+REFUSAL = (
+    "{name} supports neither functorch transforms (vmap, grad, jvp) nor forward-mode AD: "
+    "call effops.functional with backend='reference', which does"
+)
 
 
 def reference_gradients(

@@ -1,4 +1,4 @@
-"""Depthwise convolution -> epilogue -> pointwise convolution -> epilogue as one operator: fake and autograd.Function."""
+"""Depthwise convolution, epilogue, pointwise convolution, epilogue as one operator: fake and autograd.Function."""
 
 from __future__ import annotations
 
@@ -68,8 +68,8 @@ class DSConv2dFunction(KernelFunction):
     Returns:
         [N,keep+K,P,Q].
 
-    Saved for backward are the inputs, and the output where the pointwise activation's derivative can be read off it; the
-    depthwise result z is recomputed. The gradient can be differentiated again (the second time through the reference).
+    Saved for backward are the inputs, and the output where the pointwise activation's derivative can be read off it;
+    the depthwise result z is recomputed. The gradient can be differentiated again (then through the reference).
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
@@ -89,7 +89,7 @@ class DSConv2dFunction(KernelFunction):
         saved = None
         if output_gives_gradient(geometry[G.PW_ACTIVATION], slopes[1], post, scale, shift, residual):
             saved = output
-        # Without a post-activation the residual's gradient is the output's: neither is the residual needed nor a kernel.
+        # Without a post-activation the residual's gradient is the output's: it takes neither the residual nor a kernel.
         ctx.save_for_backward(
             input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
             pw_weight, bias, scale, shift, residual if post else None, saved,

@@ -1,4 +1,4 @@
-"""Truth of the depthwise-then-pointwise operator: plain torch ops, any device and dtype, differentiable to any order."""
+"""Truth of the depthwise separable operator: plain torch ops, any device and dtype, differentiable to any order."""
 
 from __future__ import annotations
 

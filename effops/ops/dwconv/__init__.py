@@ -104,7 +104,7 @@ class DepthwiseConv2dFunction(KernelFunction):
         [N,K,P,Q].
 
     Saved for backward are the inputs; the output where the activation's derivative can be read off it; never an
-    intermediate. The gradient can be differentiated again (the second time through the reference).
+    intermediate. The gradient can be differentiated again (then through the reference).
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
@@ -118,7 +118,7 @@ class DepthwiseConv2dFunction(KernelFunction):
         saved = None
         if output_gives_gradient(geometry[G.ACTIVATION], slope, post, scale, shift, residual):
             saved = output
-        # Without a post-activation the residual's gradient is the output's: neither is the residual needed nor a kernel.
+        # Without a post-activation the residual's gradient is the output's: it takes neither the residual nor a kernel.
         ctx.save_for_backward(input, weight, bias, scale, shift, residual if post else None, saved)
         ctx.static = (geometry, slope, kernels)
         return output

@@ -1,7 +1,7 @@
 """Fixed kernel banks by name: values, and where they come from.
 
-VGNet's kernels are those of its Appendix D (arXiv 2210.00943) as its authors' code had them in December 2021. Rows run top
-to bottom, the operation is cross-correlation (as in `F.conv2d`) with zero padding 1; channel j uses kernel j mod K.
+VGNet's kernels are those of its Appendix D (arXiv 2210.00943) as its authors' code had them in December 2021. Rows run
+top to bottom, the operation is cross-correlation (as in `F.conv2d`) with zero padding 1; channel j uses kernel j mod K.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def gaussian(sigma: float, size: int = 3, decimals: int | None = 4) -> Kernel:
 
 
 def binomial(size: int) -> Kernel:
-    """Outer product of the binomial coefficients, sum 1: [1 2 1]^T [1 2 1] / 16 for size 3 (BlurPool, arXiv 1904.11486)."""
+    """Outer product of binomial coefficients, sum 1: [1 2 1]^T [1 2 1] / 16 for size 3 (BlurPool, arXiv 1904.11486)."""
     line = [math.comb(size - 1, position) for position in range(size)]
     return tuple(tuple(a * b / 4 ** (size - 1) for b in line) for a in line)
 
