@@ -1,0 +1,102 @@
+"""The modules of `effops.modules` in stock PyTorch: same constructors, parameters and state-dict keys, torch's own ops.
+
+They are what the fused modules are compared with, in value and in speed: tests use them, and
+`create_model(..., reference=True)` builds a network from them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from effops import modules
+from effops.modules import Pair, ds_conv_key_map
+
+__all__ = [
+    "BlurPool2d",
+    "DepthwiseConv2d",
+    "DownsamplingBlock",
+    "FixedFilterConv2d",
+    "FusedDSConv",
+    "HalfIdentityBlock",
+    "SharedDepthwiseConv2d",
+    "ds_conv_key_map",
+]
+
+
+def _bank_conv2d(conv: nn.Module, input: Tensor) -> Tensor:
+    """Depthwise convolution of C channels with kernel `c mod K` of conv.weight [K, 1, kh, kw]."""
+    channels, kernels = conv.channels, conv.weight.shape[0]
+    weight = conv.weight.repeat(-(-channels // kernels), 1, 1, 1)[:channels]
+    padding = conv.padding
+    if not isinstance(padding, str) and (len(padding) == 4 or conv.padding_mode != "zeros"):
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        input = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
+        padding = (0, 0)
+    return F.conv2d(input, weight, conv.bias, conv.stride, padding, conv.dilation, channels)
+
+
+class DepthwiseConv2d(modules.DepthwiseConv2d):
+    """`effops.DepthwiseConv2d` as `nn.Conv2d` computes it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.Conv2d.forward(self, input)
+
+
+class SharedDepthwiseConv2d(modules.SharedDepthwiseConv2d):
+    """`effops.SharedDepthwiseConv2d` on the repeated weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _bank_conv2d(self, input)
+
+
+class FixedFilterConv2d(modules.FixedFilterConv2d):
+    """`effops.FixedFilterConv2d` on the repeated bank."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _bank_conv2d(self, input)
+
+
+class BlurPool2d(modules.BlurPool2d):
+    """`effops.BlurPool2d` on the repeated filter."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _bank_conv2d(self, input)
+
+
+class FusedDSConv(modules.FusedDSConv):
+    """`effops.FusedDSConv` as its sub-modules compute it one by one: nothing is fused."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        z = self.dw(F.pad(input, self.uneven_padding) if self.uneven_padding else input)
+        z = self.dw_act(self.dw_norm(z)) if self.norm_first else self.dw_norm(self.dw_act(z))
+        y = self.pw(z)
+        y = self.act(self.norm(y)) if self.norm_first else self.norm(self.act(y))
+        if self.residual:
+            y = y + input
+        elif residual is not None:
+            y = y + residual
+        return self.post_act(y)
+
+
+class HalfIdentityBlock(modules.HalfIdentityBlock):
+    """`effops.HalfIdentityBlock` by concatenation."""
+
+    def forward(self, state: Pair) -> Pair:
+        left, right = state
+        z = torch.cat([left, self.dw(right)], 1)
+        return right, self.norm(self.act(self.pw(z)))
+
+
+class DownsamplingBlock(modules.DownsamplingBlock):
+    """`effops.DownsamplingBlock` by slicing and concatenation."""
+
+    _fixed_filter = FixedFilterConv2d
+
+    def forward(self, input: Tensor | Pair) -> Pair:
+        if not isinstance(input, Tensor):
+            input = torch.cat(tuple(input), 1)
+        y = self.dw(input)
+        new = self.norm(self.act(self.pw(y)))
+        return torch.cat([y[:, y.shape[1] - self.keep :], new], 1).chunk(2, 1)
