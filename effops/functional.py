@@ -388,7 +388,7 @@ def shared_depthwise_conv2d(
     Raises:
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`.
 
-    VGNet's last depthwise convolution (arXiv 2210.00943), with C / B = 8.
+    VGNet's last depthwise convolution (arXiv 2207.10318), with C / B = 8.
     """
     op = "shared_depthwise_conv2d"
     share = 1
@@ -442,7 +442,7 @@ def fixed_filter_conv2d(
     Raises:
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`; ValueError for an unknown bank.
 
-    VGNet's fixed edge and Gaussian kernels (arXiv 2210.00943, Appendix D); blur before subsampling (arXiv 1904.11486).
+    VGNet's fixed edge and Gaussian kernels (arXiv 2207.10318, Appendix D); blur before subsampling (arXiv 1904.11486).
     """
     _positive("fixed_filter_conv2d", "multiplier", multiplier)
     return _depthwise(
@@ -681,7 +681,7 @@ def ds_conv2d(
         ValueError: a wrong shape, size, device or name.
         RuntimeError: the backend asked for by name cannot run this.
 
-    MobileNets (arXiv 1704.04861, 3.1); with passthrough and keep, VGNet's blocks (arXiv 2210.00943).
+    MobileNets (arXiv 1704.04861, 3.1); with passthrough and keep, VGNet's blocks (arXiv 2207.10318).
     """
     return _separable(
         "ds_conv2d", input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
@@ -734,7 +734,7 @@ def half_identity2d(
     Raises:
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
 
-    VGNet (arXiv 2210.00943), HalfIdentityBlock.
+    VGNet (arXiv 2207.10318), HalfIdentityBlock.
     """
     op = "half_identity2d"
     _require_image(op, "left", left)
@@ -791,7 +791,7 @@ def downsampling2d(
     Raises:
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
 
-    VGNet (arXiv 2210.00943), DownsamplingBlock.
+    VGNet (arXiv 2207.10318), DownsamplingBlock.
     """
     return _separable(
         "downsampling2d", input, None, dw_weight_or_bank, dw_bias, pw_weight, pw_bias, stride, padding, dilation,

@@ -3,7 +3,7 @@
     y = post_activation(activation(conv + bias) * scale + shift + residual)
 
 each part optional, in that order. conv-BN-act networks fold into weight, bias and activation; conv-act-BN networks
-(VGNet, arXiv 2210.00943, and the small networks of "Nuts & Bolts") need scale and shift after the activation; ResNet's
+(VGNet, arXiv 2207.10318, and the small networks of "Nuts & Bolts") need scale and shift after the activation; ResNet's
 add-then-ReLU is the post-activation.
 """
 

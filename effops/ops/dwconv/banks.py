@@ -1,6 +1,6 @@
 """Fixed kernel banks by name: values, and where they come from.
 
-VGNet's kernels are those of its Appendix D (arXiv 2210.00943) as its authors' code had them in December 2021. Rows run
+VGNet's kernels are those of its Appendix D (arXiv 2207.10318) as its authors' code had them in December 2021. Rows run
 top to bottom, the operation is cross-correlation (as in `F.conv2d`) with zero padding 1; channel j uses kernel j mod K.
 """
 
