@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.nn.modules import module as _module_hooks
 
 from effops import _library
+from effops.ops.higher_order import transformed
 
 ENV_VARIABLE = "EFFOPS_BACKEND"
 
@@ -81,7 +81,7 @@ class _Cpp(Backend):
 
     def why_not(self, call: Call) -> Sequence[str]:
         x = call.input
-        if _library.kernels_loaded and x.is_cpu and x.dtype in self.dtypes and not _transformed():
+        if _library.kernels_loaded and x.is_cpu and x.dtype in self.dtypes and not transformed():
             return ()
         reasons = []
         if not _library.kernels_loaded:
@@ -90,7 +90,7 @@ class _Cpp(Backend):
             reasons.append(f"device {x.device} is not the CPU")
         if x.dtype not in self.dtypes:
             reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
-        if _transformed():
+        if transformed():
             reasons.append("functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops")
         return reasons
 
@@ -108,10 +108,6 @@ def names() -> tuple[str, ...]:
 
 def _word(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _transformed() -> bool:
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 # A plain module global, not a ContextVar: Dynamo's fullgraph rejects those. It holds for the whole process.

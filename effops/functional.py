@@ -146,7 +146,8 @@ def _window(op: str, input: Tensor, weight: Tensor, stride: Ints, padding: Paddi
         if type(dilation) is not int:
             dilation = G.as_ints("dilation", dilation, (2,), _PAIR)
         _, _, r, s = weight.shape
-        window = G.window(r, s, stride, padding, dilation)
+        compiling = torch.compiler.is_compiling()
+        window = (G.window if compiling else G.cached_window)(r, s, stride, padding, dilation)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{op}: {error}") from None
     _, _, h, w = input.shape
@@ -260,6 +261,20 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _distinct(tensors: tuple) -> tuple:
+    """The tensors, where compiling with an alias for one that comes twice (a block's input as its residual).
+
+    Dynamo does not trace an autograd.Function that is given one tensor in two places.
+    """
+    if not torch.compiler.is_compiling():
+        return tensors
+    found: list[Tensor | None] = []
+    for t in tensors:
+        repeated = t is not None and any(t is other for other in found)
+        found.append(t.view_as(t) if repeated else t)
+    return tuple(found)
+
+
 # ---- depthwise ------------------------------------------------------------------------------------------------------
 
 
@@ -296,11 +311,10 @@ def _depthwise(
     if taken == "reference":
         epilogue = Epilogue(bias, scale, shift, residual, act, post, slope)
         return _dwconv_reference(input, weight, geometry, epilogue)
-    if torch.is_grad_enabled() and _needs_grad(input, weight, bias, scale, shift, residual):
-        return _dwconv.DepthwiseConv2dFunction.apply(
-            input, weight, bias, scale, shift, residual, geometry, slope, taken
-        )
-    return _dwconv.KERNELS[taken].forward(input, weight, bias, scale, shift, residual, geometry, slope)
+    tensors = (input, weight, bias, scale, shift, residual)
+    if torch.is_grad_enabled() and _needs_grad(*tensors):
+        return _dwconv.DepthwiseConv2dFunction.apply(*_distinct(tensors), geometry, slope, taken)
+    return _dwconv.KERNELS[taken].forward(*tensors, geometry, slope)
 
 
 def depthwise_conv2d(
@@ -571,7 +585,7 @@ def _separable(
         pw_weight, pw_bias, scale, shift, residual,
     )  # fmt: skip
     if torch.is_grad_enabled() and _needs_grad(*tensors):
-        return _dsconv.DSConv2dFunction.apply(*tensors, geometry, slopes, taken)
+        return _dsconv.DSConv2dFunction.apply(*_distinct(tensors), geometry, slopes, taken)
     return _dsconv.KERNELS[taken].forward(*tensors, geometry, slopes)
 
 

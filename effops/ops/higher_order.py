@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 REFUSAL = (
     "{name} supports neither functorch transforms (vmap, grad, jvp) nor forward-mode AD: "
@@ -32,19 +34,21 @@ def reference_gradients(
     return [next(gradients) if need else None for need in needs]
 
 
+def transformed() -> bool:
+    """True under a functorch transform or inside a forward-mode AD level: kernels cannot follow there."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 class KernelFunction(torch.autograd.Function):
-    """Base of the autograd.Functions over kernels: refuses transforms that a kernel cannot follow, in one sentence."""
+    """Base of the autograd.Functions over kernels: refuses transforms that a kernel cannot follow, in one sentence.
+
+    The refusal stands in `apply`, because Dynamo does not trace a Function that defines `jvp` or `vmap`, and
+    `setup_context`, which functorch wants, costs 15 us a call.
+    """
 
     @classmethod
-    def apply(cls, *args):
-        if torch._C._are_functorch_transforms_active():
+    def apply(cls, *args: Any) -> Any:
+        """Runs the operator; raises RuntimeError under functorch transforms and forward-mode AD."""
+        if transformed():
             raise RuntimeError(REFUSAL.format(name=cls.__name__))
         return super().apply(*args)
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise RuntimeError(REFUSAL.format(name="this operator's autograd.Function"))
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        raise RuntimeError(REFUSAL.format(name="this operator's autograd.Function"))
