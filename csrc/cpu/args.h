@@ -1,0 +1,135 @@
+// What crosses from the bindings (compiled once, torch headers allowed) to the kernels (compiled once per ISA, no torch headers).
+// Plain data only: the ISA translation units must not instantiate shared templates, or the linker may hand their vector code to
+// the baseline path.
+#pragma once
+
+#include <cstdint>
+
+// The x86 levels are selected by GCC's target pragma; other compilers and CPUs get the baseline translation unit alone.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#define EFFOPS_X86_TARGETS 1
+#else
+#define EFFOPS_X86_TARGETS 0
+#endif
+
+namespace effops {
+
+using index_t = std::int64_t;
+
+enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
+constexpr int kNumDTypes = 3;
+
+// The order is effops.ops.epilogue.ACTIVATIONS.
+enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu };
+constexpr int kNumActivations = 9;
+
+// A 4-D tensor: strides in elements, in the order N C H W whatever the memory format. data == nullptr: absent.
+struct TensorRef {
+  void* data = nullptr;
+  index_t n = 0, c = 0, h = 0, w = 0;
+};
+
+// A per-channel vector; its dtype is the input's or float32.
+struct ChannelRef {
+  const void* data = nullptr;
+  index_t stride = 0;
+  DType dtype = DType::f32;
+};
+
+// post(act(conv + bias) * scale + shift + residual); grad_* are filled by the backward kernels where their data is set.
+struct EpilogueRef {
+  ChannelRef bias, scale, shift;
+  TensorRef residual;
+  Activation activation = Activation::none;
+  Activation post = Activation::none;
+  double slope = 0.0;
+};
+
+struct EpilogueGrads {
+  void* bias = nullptr;
+  void* scale = nullptr;
+  void* shift = nullptr;
+  DType bias_dtype = DType::f32, scale_dtype = DType::f32, shift_dtype = DType::f32;
+  TensorRef residual;
+};
+
+// Sizes of a depthwise convolution (glossary in csrc/README.md). Output channel o reads input channel o / multiplier with the kernel o % bank.
+struct DepthwiseGeometry {
+  index_t N, C, H, W;
+  index_t P, Q;
+  index_t R, S;
+  index_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  index_t multiplier, bank;
+  index_t out_channels() const { return C * multiplier; }
+};
+
+struct DwconvForwardArgs {
+  DepthwiseGeometry g;
+  TensorRef input, output;
+  const void* weight;  // [bank, R, S] contiguous
+  EpilogueRef epilogue;
+};
+
+struct DwconvBackwardArgs {
+  DepthwiseGeometry g;
+  TensorRef grad_output, output, input;
+  const void* weight;
+  EpilogueRef epilogue;
+  TensorRef grad_input;  // data == nullptr: not asked for
+  void* grad_weight = nullptr;
+  EpilogueGrads grads;
+};
+
+struct DwconvStatsArgs {
+  DepthwiseGeometry g;
+  TensorRef input;
+  const void* weight;
+  ChannelRef bias;
+  void* mean;  // compute type, [out_channels]
+  void* var;
+};
+
+struct DwconvStatsBackwardArgs {
+  DepthwiseGeometry g;
+  TensorRef input;
+  const void* weight;
+  ChannelRef bias;
+  const void *grad_mean, *grad_var, *mean;  // compute type, contiguous
+  TensorRef grad_input;
+  void* grad_weight = nullptr;
+  void* grad_bias = nullptr;
+  DType grad_bias_dtype = DType::f32;
+};
+
+struct DsconvForwardArgs {
+  DepthwiseGeometry g;
+  index_t passthrough_channels, K, keep;
+  TensorRef input, passthrough, output;
+  const void* dw_weight;
+  EpilogueRef dw_epilogue;
+  const void* pw_weight;
+  index_t pw_stride_k, pw_stride_c;
+  EpilogueRef pw_epilogue;
+};
+
+struct DsconvBackwardArgs {
+  DsconvForwardArgs forward;  // output: the saved one, or absent
+  TensorRef grad_output;
+  TensorRef grad_input, grad_passthrough;
+  void* grad_dw_weight = nullptr;
+  void* grad_pw_weight = nullptr;  // [K, Cz] contiguous
+  EpilogueGrads dw_grads, pw_grads;
+};
+
+// One per ISA; the arrays are indexed by DType.
+struct KernelTable {
+  const char* isa;
+  void (*dwconv_fwd[kNumDTypes])(const DwconvForwardArgs&);
+  void (*dwconv_bwd[kNumDTypes])(const DwconvBackwardArgs&);
+  void (*dwconv_stats[kNumDTypes])(const DwconvStatsArgs&);
+  void (*dwconv_stats_bwd[kNumDTypes])(const DwconvStatsBackwardArgs&);
+  void (*dsconv_fwd[kNumDTypes])(const DsconvForwardArgs&);
+  void (*dsconv_bwd[kNumDTypes])(const DsconvBackwardArgs&);
+};
+
+}  // namespace effops

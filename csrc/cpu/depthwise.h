@@ -1,0 +1,251 @@
+// The depthwise convolution on rows of pixels with contiguous channels, forward and its two gradients: what the rooms dwconv and dsconv share.
+// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+//
+// A vector register holds kLanes channels of one pixel. For a block of kBlock output pixels of a row and one register of channels, the
+// kernel keeps kBlock accumulators and the S taps of one kernel row in registers and slides over the (kBlock - 1) * stride + S input pixels
+// of each of the R input rows: for 3x3 and kBlock = 4 that is 18 + 9 loads for 36 FMAs.
+
+// ---- geometry of one row ------------------------------------------------------------------------------------------------------------
+
+// The taps t in [begin, end) of an axis for which output * stride - pad + t * dilation lies inside [0, size).
+struct TapRange {
+  index_t begin, end;
+};
+EFFOPS_INLINE TapRange valid_taps(index_t output, index_t stride, index_t pad, index_t dilation, index_t taps, index_t size) {
+  const index_t start = output * stride - pad;
+  const index_t begin = start >= 0 ? 0 : ceil_div(-start, dilation);
+  const index_t end = start >= size ? 0 : imin(taps, ceil_div(size - start, dilation));
+  return {imin(begin, taps), imax(imin(begin, taps), end)};
+}
+
+// ---- weights ------------------------------------------------------------------------------------------------------------------------
+
+// [R * S][padded channels] in the compute type; channel o takes kernel o % bank, so that shared and fixed banks cost nothing later on.
+template <class T>
+compute<T>* pack_depthwise_weights(Arena& arena, const DepthwiseGeometry& g, const void* weight) {
+  using C = compute<T>;
+  const index_t channels = g.out_channels(), taps = g.R * g.S, ld = round_up(channels, kLanes<C>);
+  C* packed = static_cast<C*>(arena.allocate(taps * ld * sizeof(C)));
+  const T* source = static_cast<const T*>(weight);
+  if (g.bank == channels) {
+    transpose_block(source, taps, channels, taps, packed, ld);
+  } else {
+    for (index_t t = 0; t < taps; ++t) {
+      for (index_t o = 0; o < channels; ++o) packed[t * ld + o] = to_compute(source[o % g.bank * taps + t]);
+    }
+  }
+  for (index_t t = 0; t < taps; ++t) {
+    for (index_t o = channels; o < ld; ++o) packed[t * ld + o] = C(0);
+  }
+  return packed;
+}
+
+// ---- input rows ---------------------------------------------------------------------------------------------------------------------
+
+// Hands out input rows as [W][channels], channels contiguous: straight from the tensor where it lies that way, else through a ring of as
+// many rows as a window spans (each row is rearranged once while the window slides over it; the depth multiplier is applied here).
+template <class T>
+class RowSource {
+ public:
+  RowSource(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g) : tensor_(tensor), g_(g), direct_(tensor.c == 1 && g.multiplier == 1) {
+    if (direct_) {
+      pixel_stride_ = tensor.w;
+      return;
+    }
+    pixel_stride_ = round_up(g.out_channels(), kLanes<compute<T>>);
+    capacity_ = (g.R - 1) * g.dilation_h + 1;
+    ring_ = static_cast<T*>(arena.allocate(capacity_ * g.W * pixel_stride_ * sizeof(T)));
+    held_ = static_cast<index_t*>(arena.allocate(capacity_ * sizeof(index_t)));
+    for (index_t i = 0; i < capacity_; ++i) held_[i] = -1;
+  }
+
+  index_t pixel_stride() const { return pixel_stride_; }
+
+  const T* row(index_t n, index_t h) {
+    const T* source = static_cast<const T*>(tensor_.data) + n * tensor_.n + h * tensor_.h;
+    if (direct_) return source;
+    const index_t slot = h % capacity_;
+    T* destination = ring_ + slot * g_.W * pixel_stride_;
+    if (held_[slot] != n * g_.H + h) {
+      held_[slot] = n * g_.H + h;
+      gather_segment(source, tensor_.w, tensor_.c, g_.W, g_.C, g_.multiplier, destination, pixel_stride_);
+    }
+    return destination;
+  }
+
+ private:
+  TensorRef tensor_;
+  const DepthwiseGeometry& g_;
+  bool direct_;
+  index_t pixel_stride_, capacity_ = 0;
+  T* ring_ = nullptr;
+  index_t* held_ = nullptr;
+};
+
+// ---- forward ------------------------------------------------------------------------------------------------------------------------
+
+constexpr int kBlock = 4;
+
+// One output row segment. D is what the destination holds; tail lanes beyond `channels` are stored unless Exact.
+template <class T, class D, bool Exact>
+class DepthwiseRow {
+  using C = compute<T>;
+
+ public:
+  DepthwiseRow(const DepthwiseGeometry& g, const C* weights, const Epilogue<C>& epilogue, bool with_epilogue)
+      : g_(g),
+        channels_(g.out_channels()),
+        ld_(round_up(channels_, kLanes<C>)),
+        weights_(weights),
+        epilogue_(epilogue),
+        with_epilogue_(with_epilogue) {}
+
+  // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or null.
+  void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld, const C* residual, index_t residual_ld) const {
+    const TapRange r = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
+    Segment segment{{}, r.begin, r.end, source.pixel_stride(), q0, count, dst, dst_ld, residual, residual_ld};
+    constexpr index_t kMaxRows = 16;  // taller kernels are summed by the slow path in slices
+    if (r.end - r.begin <= kMaxRows) {
+      const T* rows[kMaxRows];
+      for (index_t i = r.begin; i < r.end; ++i) rows[i - r.begin] = source.row(n, p * g_.stride_h - g_.pad_top + i * g_.dilation_h);
+      segment.rows = rows;
+      all_channels(segment);
+    } else {
+      tall(source, n, p, segment);
+    }
+  }
+
+ private:
+  struct Segment {
+    const T* const* rows;  // the valid kernel rows, from r_begin on
+    index_t r_begin, r_end;
+    index_t pixel_stride;
+    index_t q0, count;
+    D* dst;
+    index_t dst_ld;
+    const C* residual;
+    index_t residual_ld;
+  };
+
+  void all_channels(const Segment& s) const {
+    const index_t L = kLanes<C>;
+    for (index_t c = 0; c < channels_; c += L) {
+      if (c + L <= channels_) {
+        choose_kernel<true>(s, c);
+      } else {
+        choose_kernel<false>(s, c);
+      }
+    }
+  }
+
+  template <bool Full>
+  void choose_kernel(const Segment& s, index_t c) const {
+    if (g_.dilation_w == 1 && g_.S == 3 && g_.stride_w == 1) {
+      sliding<Full, 3, 1>(s, c);
+    } else if (g_.dilation_w == 1 && g_.S == 3 && g_.stride_w == 2) {
+      sliding<Full, 3, 2>(s, c);
+    } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 1) {
+      sliding<Full, 5, 1>(s, c);
+    } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 2) {
+      sliding<Full, 5, 2>(s, c);
+    } else if (g_.S == 1) {
+      sliding<Full, 1, 0>(s, c);
+    } else {
+      for (index_t i = 0; i < s.count; ++i) pixel<Full>(s, c, i);
+    }
+  }
+
+  EFFOPS_INLINE vec<C> start(index_t c) const { return with_epilogue_ && epilogue_.bias ? load(epilogue_.bias + c) : vec<C>{}; }
+
+  template <bool Full>
+  EFFOPS_INLINE void finish(const Segment& s, index_t c, index_t i, vec<C> v) const {
+    if (with_epilogue_) v = epilogue_.apply(v, c, s.residual ? load(s.residual + i * s.residual_ld + c) : vec<C>{});
+    store_lanes<Full || !Exact>(s.dst + i * s.dst_ld + c, v, imin(kLanes<C>, channels_ - c));
+  }
+
+  // Any kernel, any border: one pixel.
+  template <bool Full>
+  EFFOPS_INLINE void pixel(const Segment& s, index_t c, index_t i) const {
+    const index_t q = s.q0 + i;
+    const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
+    vec<C> acc = start(c);
+    for (index_t r = s.r_begin; r < s.r_end; ++r) {
+      const T* x = s.rows[r - s.r_begin] + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
+      const C* w = weights_ + r * g_.S * ld_ + c;
+      for (index_t t = taps.begin; t < taps.end; ++t) {
+        acc = acc + load_lanes<Full>(x + t * g_.dilation_w * s.pixel_stride, channels_ - c) * load(w + t * ld_);
+      }
+    }
+    finish<Full>(s, c, i, acc);
+  }
+
+  // S and the stride known at compile time, dilation 1; Stride 0: a 1-tap row at any stride. Borders go through pixel().
+  template <bool Full, int S, int Stride>
+  __attribute__((noinline)) void sliding(const Segment& s, index_t c) const {
+    const index_t stride = Stride ? Stride : g_.stride_w;
+    index_t i = 0;
+    const index_t first = imin(s.count, imax(0, ceil_div(g_.pad_left, stride) - s.q0));
+    const index_t room = g_.W - S + g_.pad_left;  // q * stride <= room keeps the last tap inside
+    const index_t last = imax(first, imin(s.count, (room >= 0 ? room / stride + 1 : 0) - s.q0));
+    for (; i < first; ++i) pixel<Full>(s, c, i);
+    for (; i + kBlock <= last; i += kBlock) block<Full, S, Stride, kBlock>(s, c, i);
+    for (; i < last; ++i) block<Full, S, Stride, 1>(s, c, i);
+    for (; i < s.count; ++i) pixel<Full>(s, c, i);
+  }
+
+  template <bool Full, int S, int Stride, int Block>
+  EFFOPS_INLINE void block(const Segment& s, index_t c, index_t i) const {
+    const index_t stride = Stride ? Stride : g_.stride_w;
+    vec<C> acc[Block];
+#pragma GCC unroll 8
+    for (int j = 0; j < Block; ++j) acc[j] = start(c);
+    const index_t offset = ((s.q0 + i) * stride - g_.pad_left) * s.pixel_stride + c;
+    for (index_t r = s.r_begin; r < s.r_end; ++r) {
+      const T* x = s.rows[r - s.r_begin] + offset;
+      const C* w = weights_ + r * S * ld_ + c;
+      vec<C> tap[S];
+#pragma GCC unroll 8
+      for (int t = 0; t < S; ++t) tap[t] = load(w + t * ld_);
+      if constexpr (Stride == 0) {
+#pragma GCC unroll 8
+        for (int j = 0; j < Block; ++j) acc[j] = acc[j] + load_lanes<Full>(x + j * stride * s.pixel_stride, channels_ - c) * tap[0];
+      } else {
+        constexpr int kPixels = (Block - 1) * Stride + S;
+#pragma GCC unroll 16
+        for (int k = 0; k < kPixels; ++k) {
+          const vec<C> value = load_lanes<Full>(x + k * s.pixel_stride, channels_ - c);
+#pragma GCC unroll 8
+          for (int t = 0; t < S; ++t) {
+            if ((k - t) % Stride == 0 && k - t >= 0 && (k - t) / Stride < Block) acc[(k - t) / Stride] = acc[(k - t) / Stride] + value * tap[t];
+          }
+        }
+      }
+    }
+#pragma GCC unroll 8
+    for (int j = 0; j < Block; ++j) finish<Full>(s, c, i + j, acc[j]);
+  }
+
+  // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before fast; no net uses it.
+  void tall(RowSource<T>& source, index_t n, index_t p, const Segment& s) const {
+    for (index_t c = 0; c < channels_; c += kLanes<C>) {
+      for (index_t i = 0; i < s.count; ++i) {
+        const index_t q = s.q0 + i;
+        const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
+        vec<C> acc = start(c);
+        for (index_t r = s.r_begin; r < s.r_end; ++r) {
+          const T* x = source.row(n, p * g_.stride_h - g_.pad_top + r * g_.dilation_h) + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
+          for (index_t t = taps.begin; t < taps.end; ++t) {
+            acc = acc + load_partial(x + t * g_.dilation_w * s.pixel_stride, imin(kLanes<C>, channels_ - c)) * load(weights_ + (r * g_.S + t) * ld_ + c);
+          }
+        }
+        finish<false>(s, c, i, acc);
+      }
+    }
+  }
+
+  const DepthwiseGeometry& g_;
+  index_t channels_, ld_;
+  const C* weights_;
+  const Epilogue<C>& epilogue_;
+  bool with_epilogue_;
+};

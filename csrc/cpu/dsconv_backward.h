@@ -1,0 +1,219 @@
+// Room dsconv, backward, in one pass over tiles of output rows; the depthwise tile and, where the derivative needs it, the pointwise sums
+// are recomputed.
+// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+//
+//   x rows -> u (dw sums) -> z = [passthrough | epilogue(u)] -> v = z W^T -> epilogue backward(v, grad_output) = gv
+//   grad W += gv^T z      gz = gv W (+ grad_output of the kept channels)      -> grad passthrough
+//   epilogue backward(u, gz) = gu -> grad dw kernels, grad x (see backward.h)
+
+template <class T>
+struct DsconvBackward {
+  using C = compute<T>;
+  const DsconvBackwardArgs& args;
+  const DsconvForwardArgs& fwd;
+  const DepthwiseGeometry& g;
+  Arena shared{Arena::kCall};
+  const index_t dw_channels, passthrough, Cz, K;
+  const index_t ld_dw, ldz, ldk;
+  const C* dw_weights;
+  const Epilogue<C> dw_epilogue, pw_epilogue;
+  const bool from_output;
+  const bool want_gz;  // anything before the pointwise
+  const bool raw_v, raw_u, want_z;
+  const BandPlan plan;
+  const Panels panels_k, panels_c;
+  C *packed_forward = nullptr, *packed_backward = nullptr;  // W^T for v, W for gz
+  C *dw_sums = nullptr, *pw_sums = nullptr;
+  EpilogueSums dw_epilogue_sums, pw_epilogue_sums;
+
+  static bool any(const EpilogueGrads& grads) { return grads.bias || grads.scale || grads.shift || grads.residual.data; }
+
+  explicit DsconvBackward(const DsconvBackwardArgs& a)
+      : args(a),
+        fwd(a.forward),
+        g(a.forward.g),
+        dw_channels(g.out_channels()),
+        passthrough(fwd.passthrough_channels),
+        Cz(passthrough + dw_channels),
+        K(fwd.K),
+        ld_dw(round_up(dw_channels, kLanes<C>)),
+        ldz(round_up(passthrough + ld_dw, kLanes<C>)),
+        ldk(round_up(K, kLanes<C>)),
+        dw_weights(pack_depthwise_weights<T>(shared, g, fwd.dw_weight)),
+        dw_epilogue(shared, fwd.dw_epilogue, dw_channels),
+        pw_epilogue(shared, fwd.pw_epilogue, K),
+        from_output(fwd.output.data != nullptr),
+        want_gz(a.grad_input.data || a.grad_passthrough.data || a.grad_dw_weight || any(a.dw_grads)),
+        raw_v(!from_output && needs_raw(pw_epilogue, a.pw_grads)),
+        raw_u(want_gz && needs_raw(dw_epilogue, a.dw_grads)),
+        want_z(raw_v || a.grad_pw_weight),
+        plan(g, a.grad_input.data != nullptr,
+             depthwise_cost(g, ld_dw, kLanes<C>) + static_cast<double>(g.N) * g.P * g.Q * (1 + want_gz + raw_v) * Cz * ldk / kLanes<C>),
+        panels_k(K, kLanes<C>),
+        panels_c(Cz, kLanes<C>) {
+    if (raw_v) packed_forward = pack(fwd.pw_stride_c, fwd.pw_stride_k, Cz, K, panels_k);
+    if (want_gz) packed_backward = pack(fwd.pw_stride_k, fwd.pw_stride_c, K, Cz, panels_c);
+    if (a.grad_dw_weight) dw_sums = partial_sums<C>(shared, plan.slots, g.R * g.S * ld_dw);
+    if (a.grad_pw_weight) pw_sums = partial_sums<C>(shared, plan.slots, K * ldz);
+    dw_epilogue_sums = epilogue_sums(shared, a.dw_grads, dw_channels, plan.slots);
+    pw_epilogue_sums = epilogue_sums(shared, a.pw_grads, K, plan.slots);
+  }
+
+  C* pack(index_t row_stride, index_t column_stride, index_t k, index_t columns, const Panels& panels) {
+    C* packed = static_cast<C*>(shared.allocate(k * panels.vectors * kLanes<C> * sizeof(C)));
+    for (index_t i = 0; i < panels.count; ++i) {
+      pack_panel(static_cast<const T*>(fwd.pw_weight), row_stride, column_stride, k, columns, panels, i, packed + k * panels.first_column(i));
+    }
+    return packed;
+  }
+
+  void run() {
+    run_slots(plan.slots, [&](index_t slot) { Slot(*this, slot).run(); });
+    if (dw_sums) {
+      reduce_slots(dw_sums, plan.slots, g.R * g.S * ld_dw);
+      write_depthwise_weight_grad<T>(g, dw_sums, args.grad_dw_weight);
+    }
+    if (pw_sums) {
+      reduce_slots(pw_sums, plan.slots, K * ldz);
+      copy_rows(pw_sums, ldz, K, Cz, static_cast<T*>(args.grad_pw_weight), Cz);
+    }
+    reduce_epilogue_sums(dw_epilogue_sums, plan.slots, dw_channels, args.dw_grads);
+    reduce_epilogue_sums(pw_epilogue_sums, plan.slots, K, args.pw_grads);
+  }
+
+  // The tiles of one slot and what happens to one of them, in the order of the picture above.
+  struct Slot {
+    const DsconvBackward& op;
+    const DepthwiseGeometry& g;
+    index_t slot;
+    Arena arena{Arena::kTask};
+    DepthwiseSlot<T> depthwise;
+    EpilogueSums dw_own, pw_own;
+    index_t rows;
+    C *gv, *v, *saved, *pw_residual, *pw_grad_residual;          // [pixels][ldk]
+    C *z, *u, *gz, *kept, *dw_residual, *dw_grad_residual;  // [pixels][ldz]
+
+    Slot(const DsconvBackward& o, index_t s)
+        : op(o),
+          g(o.g),
+          slot(s),
+          depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights, o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr),
+          dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
+          pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),
+          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C)) / imax(1, o.g.Q))) {
+      const auto tile = [&](bool want, index_t ld) { return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr; };
+      gv = tile(true, op.ldk);
+      v = tile(op.raw_v, op.ldk);
+      saved = tile(op.from_output, op.ldk);
+      pw_residual = tile(op.raw_v && op.pw_epilogue.residual.data && op.pw_epilogue.post != Activation::none, op.ldk);
+      pw_grad_residual = tile(op.args.pw_grads.residual.data, op.ldk);
+      z = tile(op.want_z, op.ldz);
+      u = tile(op.raw_u, op.ldz);
+      gz = tile(op.want_gz, op.ldz);
+      kept = tile(op.want_gz && op.fwd.keep > 0, op.ldz);
+      dw_residual = tile(op.dw_epilogue.residual.data && (op.want_z || op.raw_u), op.ldz);
+      dw_grad_residual = tile(op.args.dw_grads.residual.data, op.ldz);
+    }
+
+    void run() {
+      for (index_t i = op.plan.count * slot / op.plan.slots; i < op.plan.count * (slot + 1) / op.plan.slots; ++i) {
+        const Band band = op.plan.band(i);
+        depthwise.grad_input.begin(band);
+        op.plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
+          const Tile t{band.n, p_begin, p_end, (band.n * g.P + p_begin) * g.Q, (band.n * g.P + p_end) * g.Q, owned};
+          recompute(t);
+          pointwise_sums(t);
+          if (owned && op.pw_sums) add_pointwise_weight(t);
+          if (op.want_gz) {
+            pointwise_input(t);
+            depthwise_sums(t);
+            depthwise.take(g, t.n, p_begin, p_end, owned, needed, gz + op.passthrough, op.ldz);
+          }
+        });
+        if (depthwise.grad_input.wanted()) depthwise.grad_input.end();
+      }
+    }
+
+   private:
+    struct Tile {
+      index_t n, p_begin, p_end;
+      index_t begin, end;  // flat pixels
+      bool owned;
+      index_t pixels() const { return end - begin; }
+    };
+
+    void gather(const TensorRef& tensor, const Tile& t, index_t first, index_t channels, C* dst, index_t ld) const {
+      gather_pixels<T>(tensor, t.begin, t.end, g.P, g.Q, first, channels, dst, ld);
+    }
+    void scatter(const C* src, index_t ld, const TensorRef& tensor, const Tile& t, index_t channels) const {
+      scatter_pixels<T>(src, ld, tensor, t.begin, t.end, g.P, g.Q, 0, channels);
+    }
+
+    // u and z
+    void recompute(const Tile& t) {
+      if (dw_residual) gather(op.dw_epilogue.residual, t, 0, op.dw_channels, dw_residual, op.ldz);
+      if (u) recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, false, t.n, t.p_begin, t.p_end, u, op.ldz, nullptr);
+      if (z == nullptr) return;
+      if (op.passthrough > 0) gather(op.fwd.passthrough, t, 0, op.passthrough, z, op.ldz);
+      C* dw_part = z + op.passthrough;
+      if (u) {
+        copy_rows(u, op.ldz, t.pixels(), op.ld_dw, dw_part, op.ldz);
+        apply_epilogue_rows(op.dw_epilogue, t.pixels(), op.dw_channels, dw_part, op.ldz, dw_residual, op.ldz);
+      } else {
+        recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, true, t.n, t.p_begin, t.p_end, dw_part, op.ldz, dw_residual);
+      }
+    }
+
+    // gv: the gradient at the pointwise sums
+    void pointwise_sums(const Tile& t) {
+      gather(op.args.grad_output, t, op.fwd.keep, op.K, gv, op.ldk);
+      if (saved) gather(op.fwd.output, t, op.fwd.keep, op.K, saved, op.ldk);
+      if (pw_residual) gather(op.pw_epilogue.residual, t, 0, op.K, pw_residual, op.ldk);
+      if (v) {
+        for (index_t i = 0; i < op.panels_k.count; ++i) {
+          const index_t ld = op.panels_k.width(i) * kLanes<C>, column = op.panels_k.first_column(i);
+          gemm_panel(op.panels_k.width(i), t.pixels(), z, op.ldz, 1, op.packed_forward + op.Cz * column, ld, op.Cz, StoreRaw<C>{v + column, op.ldk});
+        }
+      }
+      const EpilogueBackward<C> backward{op.pw_epilogue, v, saved, pw_residual, pw_grad_residual, op.ldk};
+      backward.run(t.pixels(), op.K, gv, t.owned ? pw_own : EpilogueSums{});
+      if (t.owned && pw_grad_residual) scatter(pw_grad_residual, op.ldk, op.args.pw_grads.residual, t, op.K);
+    }
+
+    void add_pointwise_weight(const Tile& t) {
+      C* sums = op.pw_sums + slot * op.K * op.ldz;
+      for (index_t i = 0; i < op.panels_c.count; ++i) {
+        const index_t column = op.panels_c.first_column(i);
+        gemm_panel(op.panels_c.width(i), op.K, gv, 1, op.ldk, z + column, op.ldz, t.pixels(), Accumulate<C>{sums + column, op.ldz});
+      }
+    }
+
+    // gz: the gradient at [passthrough | depthwise result]
+    void pointwise_input(const Tile& t) {
+      for (index_t i = 0; i < op.panels_c.count; ++i) {
+        const index_t ld = op.panels_c.width(i) * kLanes<C>, column = op.panels_c.first_column(i);
+        gemm_panel(op.panels_c.width(i), t.pixels(), gv, op.ldk, 1, op.packed_backward + op.K * column, ld, op.K, StoreRaw<C>{gz + column, op.ldz});
+      }
+      if (kept) {
+        const index_t keep = op.fwd.keep, first = op.Cz - keep;
+        gather(op.args.grad_output, t, 0, keep, kept, op.ldz);
+        for (index_t i = 0; i < t.pixels(); ++i) {
+          for (index_t c = 0; c < keep; ++c) gz[i * op.ldz + first + c] += kept[i * op.ldz + c];
+        }
+      }
+      if (t.owned && op.args.grad_passthrough.data) scatter(gz, op.ldz, op.args.grad_passthrough, t, op.passthrough);
+    }
+
+    // gz's depthwise part -> the gradient at the depthwise sums, in place
+    void depthwise_sums(const Tile& t) {
+      const EpilogueBackward<C> backward{op.dw_epilogue, u, nullptr, dw_residual, dw_grad_residual, op.ldz};
+      backward.run(t.pixels(), op.dw_channels, gz + op.passthrough, t.owned ? dw_own : EpilogueSums{});
+      if (t.owned && dw_grad_residual) scatter(dw_grad_residual, op.ldz, op.args.dw_grads.residual, t, op.dw_channels);
+    }
+  };
+};
+
+template <class T>
+void dsconv_bwd(const DsconvBackwardArgs& args) {
+  DsconvBackward<T>(args).run();
+}

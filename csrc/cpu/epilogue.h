@@ -1,0 +1,167 @@
+// post(act(conv + bias) * scale + shift + residual) on vectors and on tiles, and its gradient.
+// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+
+template <class C>
+struct Epilogue {
+  const C *bias = nullptr, *scale = nullptr, *shift = nullptr;  // padded to whole registers
+  TensorRef residual;
+  Activation activation, post;
+  C slope;
+  C low, high;  // the activation as a clamp, where it is one
+
+  Epilogue(Arena& arena, const EpilogueRef& ref, index_t channels)
+      : bias(channel_vector<C>(arena, ref.bias, channels)),
+        scale(channel_vector<C>(arena, ref.scale, channels)),
+        shift(channel_vector<C>(arena, ref.shift, channels)),
+        residual(ref.residual),
+        activation(ref.activation),
+        post(ref.post),
+        slope(static_cast<C>(ref.slope)),
+        low(clamps() && activation != Activation::none ? C(0) : -static_cast<C>(__builtin_inff())),
+        high(activation == Activation::relu6 ? C(6) : static_cast<C>(__builtin_inff())) {
+    if (scale != nullptr || shift != nullptr) complete_affine(arena, channels);
+  }
+
+  bool clamps() const { return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6; }
+  bool affine() const { return scale != nullptr; }
+  // What registers can do on the way out, without a second pass.
+  bool simple() const { return clamps() && post == Activation::none && residual.data == nullptr; }
+  bool trivial() const { return activation == Activation::none && post == Activation::none && residual.data == nullptr && !affine(); }
+
+  // For the channels from c on; v already holds conv + bias, r the residual.
+  EFFOPS_INLINE vec<C> apply(vec<C> v, index_t c, vec<C> r) const {
+    if (clamps()) {
+      v = at_most<C>(at_least<C>(v, splat(low)), splat(high));
+    } else {
+      activate<C>(activation, slope, v);
+    }
+    if (affine()) v = v * load(scale + c) + load(shift + c);
+    v = v + r;
+    if (post != Activation::none) activate<C>(post, slope, v);
+    return v;
+  }
+
+ private:
+  // Kernels know both or neither of scale and shift.
+  void complete_affine(Arena& arena, index_t channels) {
+    const index_t padded = round_up(channels, kLanes<C>);
+    C* fill = static_cast<C*>(arena.allocate(padded * sizeof(C)));
+    for (index_t i = 0; i < padded; ++i) fill[i] = scale == nullptr ? C(1) : C(0);
+    (scale == nullptr ? scale : shift) = fill;
+  }
+};
+
+// Applies the epilogue in place to a tile of raw sums (bias not yet added). residual: tile of the same kind, or null.
+template <class C>
+void apply_epilogue_rows(const Epilogue<C>& epilogue, index_t pixels, index_t channels, C* tile, index_t ld, const C* residual, index_t residual_ld) {
+  constexpr index_t L = kLanes<C>;
+  for (index_t i = 0; i < pixels; ++i) {
+    C* row = tile + i * ld;
+    const C* r = residual ? residual + i * residual_ld : nullptr;
+    for (index_t c = 0; c < channels; c += L) {
+      vec<C> v = load(row + c);
+      if (epilogue.bias) v = v + load(epilogue.bias + c);
+      store(row + c, epilogue.apply(v, c, r ? load(r + c) : vec<C>{}));
+    }
+  }
+}
+
+// The per-channel sums that the gradient of an epilogue needs, one set per slot of tasks. Doubles: a float running sum over 10^5 pixels
+// would lose what the pairwise sums of torch keep. Null where not asked for.
+struct EpilogueSums {
+  double *bias = nullptr, *scale = nullptr, *shift = nullptr;
+};
+
+inline EpilogueSums epilogue_sums(Arena& arena, const EpilogueGrads& wanted, index_t channels, index_t slots) {
+  const auto make = [&](void* want) -> double* {
+    if (want == nullptr) return nullptr;
+    double* sums = static_cast<double*>(arena.allocate(slots * channels * sizeof(double)));
+    for (index_t i = 0; i < slots * channels; ++i) sums[i] = 0;
+    return sums;
+  };
+  return {make(wanted.bias), make(wanted.scale), make(wanted.shift)};
+}
+
+inline EpilogueSums slot_of(const EpilogueSums& sums, index_t slot, index_t channels) {
+  const auto at = [&](double* base) { return base ? base + slot * channels : nullptr; };
+  return {at(sums.bias), at(sums.scale), at(sums.shift)};
+}
+
+// Adds the slots in their order (the same bits every call) and writes the result.
+inline void reduce_sums(double* sums, index_t slots, index_t channels, void* destination, DType dtype) {
+  if (sums == nullptr) return;
+  for (index_t s = 1; s < slots; ++s) {
+    for (index_t c = 0; c < channels; ++c) sums[c] += sums[s * channels + c];
+  }
+  write_channel_vector(sums, channels, destination, dtype);
+}
+
+inline void reduce_epilogue_sums(const EpilogueSums& sums, index_t slots, index_t channels, const EpilogueGrads& grads) {
+  reduce_sums(sums.bias, slots, channels, grads.bias, grads.bias_dtype);
+  reduce_sums(sums.scale, slots, channels, grads.scale, grads.scale_dtype);
+  reduce_sums(sums.shift, slots, channels, grads.shift, grads.shift_dtype);
+}
+
+// Turns `grad` (d loss / d epilogue output) into d loss / d (conv sum) in place.
+//   raw       conv sums without bias, or null where the activation is none and no scale gradient is wanted
+//   saved     the epilogue's output, used instead of raw where given (the caller checked that it tells the derivative)
+//   residual  needed only under a post activation;  grad_residual  tile that receives d loss / d residual, or null
+// One channel block at a time over all pixels, so that the sums live in registers.
+template <class C>
+struct EpilogueBackward {
+  const Epilogue<C>& epilogue;
+  const C* raw;
+  const C* saved;
+  const C* residual;
+  C* grad_residual;
+  index_t ld;  // of every tile
+
+  void run(index_t pixels, index_t channels, C* grad, const EpilogueSums& sums) const {
+    constexpr index_t L = kLanes<C>;
+    if (epilogue.trivial() && grad_residual == nullptr && sums.bias == nullptr && sums.scale == nullptr && sums.shift == nullptr) return;
+    for (index_t c = 0; c < channels; c += L) {
+      vec<C> sum_bias{}, sum_scale{}, sum_shift{};
+      for (index_t i = 0; i < pixels; ++i) one_vector(i * ld + c, c, grad, sum_bias, sum_scale, sum_shift);
+      add(sums.bias, c, channels, sum_bias);
+      add(sums.scale, c, channels, sum_scale);
+      add(sums.shift, c, channels, sum_shift);
+    }
+  }
+
+ private:
+  EFFOPS_INLINE void one_vector(index_t at, index_t c, C* grad, vec<C>& sum_bias, vec<C>& sum_scale, vec<C>& sum_shift) const {
+    vec<C> g = load(grad + at);
+    if (saved != nullptr) {
+      g = g * activate_grad_from_output<C>(epilogue.activation, epilogue.slope, load(saved + at));
+    } else if (raw != nullptr) {
+      vec<C> u = load(raw + at);
+      if (epilogue.bias) u = u + load(epilogue.bias + c);
+      vec<C> a = u;
+      activate<C>(epilogue.activation, epilogue.slope, a);
+      if (epilogue.post != Activation::none) {
+        vec<C> y = a;
+        if (epilogue.affine()) y = y * load(epilogue.scale + c) + load(epilogue.shift + c);
+        if (residual) y = y + load(residual + at);
+        activate_grad<C>(epilogue.post, epilogue.slope, y);
+        g = g * y;
+      }
+      if (grad_residual) store(grad_residual + at, g);
+      sum_shift = sum_shift + g;
+      sum_scale = sum_scale + g * a;
+      if (epilogue.affine()) g = g * load(epilogue.scale + c);
+      activate_grad<C>(epilogue.activation, epilogue.slope, u);
+      g = g * u;
+    } else {  // no activation anywhere, at most an affine whose scale needs no gradient
+      if (grad_residual) store(grad_residual + at, g);
+      sum_shift = sum_shift + g;
+      if (epilogue.affine()) g = g * load(epilogue.scale + c);
+    }
+    sum_bias = sum_bias + g;
+    store(grad + at, g);
+  }
+
+  static EFFOPS_INLINE void add(double* sums, index_t c, index_t channels, vec<C> value) {
+    if (sums == nullptr) return;
+    for (index_t i = 0; i < imin(kLanes<C>, channels - c); ++i) sums[c + i] += value[i];
+  }
+};

@@ -1,0 +1,189 @@
+// Moving tiles between a tensor of any strides and scratch rows "one pixel after the other, channels contiguous".
+// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+
+// Interleaves the low (or high) halves of two registers: a0 b0 a1 b1 ...
+template <class V, class M, std::size_t... I>
+EFFOPS_INLINE V zip_low(V a, V b, std::index_sequence<I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shuffle(a, b, M{(I % 2 == 0 ? int(I) / 2 : n + int(I) / 2)...});
+}
+template <class V, class M, std::size_t... I>
+EFFOPS_INLINE V zip_high(V a, V b, std::index_sequence<I...>) {
+  constexpr int n = sizeof...(I);
+  return __builtin_shuffle(a, b, M{(I % 2 == 0 ? (n + int(I)) / 2 : n + (n + int(I)) / 2)...});
+}
+
+// Transposes L registers of L lanes in place: log2(L) perfect shuffles.
+template <class C>
+EFFOPS_INLINE void transpose(vec<C> (&rows)[kLanes<C>]) {
+  constexpr int L = kLanes<C>;
+  using Index = std::make_index_sequence<L>;
+#pragma GCC unroll 8
+  for (int step = 1; step < L; step *= 2) {
+    vec<C> next[L];
+#pragma GCC unroll 16
+    for (int i = 0; i < L / 2; ++i) {
+      next[2 * i] = zip_low<vec<C>, vmask<C>>(rows[i], rows[i + L / 2], Index{});
+      next[2 * i + 1] = zip_high<vec<C>, vmask<C>>(rows[i], rows[i + L / 2], Index{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < L; ++i) rows[i] = next[i];
+  }
+}
+
+// dst[j * dst_ld + i] = src[i * src_ld + j] for i < rows, j < columns; both sides contiguous along their inner index.
+template <class D, class S>
+__attribute__((noinline)) void transpose_block(const S* src, index_t src_ld, index_t rows, index_t columns, D* dst, index_t dst_ld) {
+  using C = compute<S>;
+  constexpr index_t L = kLanes<C>;
+  for (index_t i = 0; i < rows; i += L) {
+    const index_t ni = imin(L, rows - i);
+    for (index_t j = 0; j < columns; j += L) {
+      const index_t nj = imin(L, columns - j);
+      vec<C> r[L];
+      if (ni == L && nj == L) {
+#pragma GCC unroll 16
+        for (index_t k = 0; k < L; ++k) r[k] = load(src + (i + k) * src_ld + j);
+        transpose<C>(r);
+#pragma GCC unroll 16
+        for (index_t k = 0; k < L; ++k) store(dst + (j + k) * dst_ld + i, r[k]);
+      } else {
+        for (index_t k = 0; k < L; ++k) r[k] = k < ni ? load_partial(src + (i + k) * src_ld + j, nj) : vec<C>{};
+        transpose<C>(r);
+        for (index_t k = 0; k < nj; ++k) store_partial(dst + (j + k) * dst_ld + i, r[k], ni);
+      }
+    }
+  }
+}
+
+// dst[i * dst_ld + j] = src[i * src_ld + j], converting.
+template <class D, class S>
+EFFOPS_INLINE void copy_rows(const S* src, index_t src_ld, index_t rows, index_t columns, D* dst, index_t dst_ld) {
+  constexpr index_t L = kLanes<compute<S>>;
+  for (index_t i = 0; i < rows; ++i) {
+    const S* s = src + i * src_ld;
+    D* d = dst + i * dst_ld;
+    index_t j = 0;
+    for (; j + L <= columns; j += L) store(d + j, load(s + j));
+    if (j < columns) store_partial(d + j, load_partial(s + j, columns - j), columns - j);
+  }
+}
+
+// One segment of pixels at a constant distance -> dst[pixel * ld + channel]. Each channel is written `repeat` times in a row (depth multiplier).
+template <class D, class T>
+void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, index_t pixels, index_t channels, index_t repeat, D* dst, index_t ld) {
+  if (repeat == 1 && channel_stride == 1) {
+    copy_rows(src, pixel_stride, pixels, channels, dst, ld);
+  } else if (repeat == 1 && pixel_stride == 1) {
+    transpose_block(src, channel_stride, channels, pixels, dst, ld);
+  } else {
+    for (index_t i = 0; i < pixels; ++i) {
+      for (index_t c = 0; c < channels; ++c) {
+        const D value = from_compute<D>(to_compute(src[i * pixel_stride + c * channel_stride]));
+        for (index_t k = 0; k < repeat; ++k) dst[i * ld + c * repeat + k] = value;
+      }
+    }
+  }
+}
+
+// The inverse: src[pixel * ld + channel] -> a tensor. With repeat > 1 the copies of a channel are summed (the gradient of the above).
+template <class T, class C>
+void scatter_segment(const C* src, index_t ld, index_t pixels, index_t channels, index_t repeat, T* dst, index_t pixel_stride, index_t channel_stride) {
+  if (repeat == 1 && channel_stride == 1) {
+    copy_rows(src, ld, pixels, channels, dst, pixel_stride);
+  } else if (repeat == 1 && pixel_stride == 1) {
+    transpose_block(src, ld, pixels, channels, dst, channel_stride);
+  } else {
+    for (index_t i = 0; i < pixels; ++i) {
+      for (index_t c = 0; c < channels; ++c) {
+        compute<C> sum = 0;
+        for (index_t k = 0; k < repeat; ++k) sum += to_compute(src[i * ld + c * repeat + k]);
+        dst[i * pixel_stride + c * channel_stride] = from_compute<T>(sum);
+      }
+    }
+  }
+}
+
+// Walks the flat output pixels [begin, end) of N images of P x Q in row segments and hands each to f(n, p, q, count, offset).
+template <class F>
+EFFOPS_INLINE void for_each_row_segment(index_t begin, index_t end, index_t P, index_t Q, const F& f) {
+  index_t q = begin % Q, p = begin / Q % P, n = begin / Q / P;
+  for (index_t t = begin; t < end;) {
+    const index_t count = imin(Q - q, end - t);
+    f(n, p, q, count, t - begin);
+    t += count;
+    q = 0;
+    if (++p == P) {
+      p = 0;
+      ++n;
+    }
+  }
+}
+
+// The same in the longest runs of pixels at a constant distance: whole images where rows follow each other without a gap.
+template <class F>
+EFFOPS_INLINE void for_each_run(const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, const F& f) {
+  const bool plane = tensor.h == Q * tensor.w;
+  const index_t rows = plane ? 1 : P;
+  const index_t columns = plane ? P * Q : Q;
+  for_each_row_segment(begin, end, rows, columns, [&](index_t n, index_t p, index_t q, index_t count, index_t offset) __attribute__((always_inline)) {
+    f(n * tensor.n + p * tensor.h + q * tensor.w, count, offset);
+  });
+}
+
+// Flat pixels [begin, end), `channels` channels from `first` on -> dst[pixel - begin][channel].
+template <class T, class D>
+void gather_pixels(const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, index_t first, index_t channels, D* dst, index_t ld) {
+  const T* data = static_cast<const T*>(tensor.data) + first * tensor.c;
+  for_each_run(tensor, begin, end, P, Q, [&](index_t position, index_t count, index_t offset) {
+    gather_segment(data + position, tensor.w, tensor.c, count, channels, 1, dst + offset * ld, ld);
+  });
+}
+
+template <class T, class C>
+void scatter_pixels(const C* src, index_t ld, const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, index_t first, index_t channels) {
+  T* data = static_cast<T*>(tensor.data) + first * tensor.c;
+  for_each_run(tensor, begin, end, P, Q, [&](index_t position, index_t count, index_t offset) {
+    scatter_segment(src + offset * ld, ld, count, channels, 1, data + position, tensor.w, tensor.c);
+  });
+}
+
+// A per-channel vector in the compute type, padded with zeros to whole registers; null stays null.
+template <class C>
+C* channel_vector(Arena& arena, const ChannelRef& source, index_t channels) {
+  if (source.data == nullptr) return nullptr;
+  const index_t padded = round_up(channels, kLanes<C>);
+  C* result = static_cast<C*>(arena.allocate(padded * sizeof(C)));
+  for (index_t i = 0; i < channels; ++i) {
+    switch (source.dtype) {
+      case DType::f32:
+        result[i] = static_cast<const float*>(source.data)[i * source.stride];
+        break;
+      case DType::bf16:
+        result[i] = to_compute(static_cast<const bf16*>(source.data)[i * source.stride]);
+        break;
+      case DType::f64:
+        result[i] = static_cast<C>(static_cast<const double*>(source.data)[i * source.stride]);
+        break;
+    }
+  }
+  for (index_t i = channels; i < padded; ++i) result[i] = 0;
+  return result;
+}
+
+template <class C>
+void write_channel_vector(const C* values, index_t channels, void* destination, DType dtype) {
+  for (index_t i = 0; i < channels; ++i) {
+    switch (dtype) {
+      case DType::f32:
+        static_cast<float*>(destination)[i] = static_cast<float>(values[i]);
+        break;
+      case DType::bf16:
+        static_cast<bf16*>(destination)[i] = from_compute<bf16>(static_cast<float>(values[i]));
+        break;
+      case DType::f64:
+        static_cast<double*>(destination)[i] = values[i];
+        break;
+    }
+  }
+}
