@@ -1,0 +1,1 @@
+"""Benchmarks of effops against its rivals; see benchmarks/README.md."""

@@ -1,0 +1,45 @@
+"""The correctness gate: a result is timed only after it stood within the error budget of the float64 truth.
+
+The budget: max error <= 2 x (max error of torch's own result in the same dtype + one rounding of the largest value),
+everything finite, and a relative norm bound.
+"""
+
+from __future__ import annotations
+
+import torch
+
+NORM_BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}
+
+
+class GateError(AssertionError):
+    """A result is wrong, so its timing means nothing."""
+
+
+def budget(stock: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest error allowed, from torch's own result `stock` in the dtype under test and the float64 `truth`."""
+    own_error = (stock.double() - truth).abs().max().item()
+    return 2 * (own_error + torch.finfo(stock.dtype).eps * truth.abs().max().item())
+
+
+def check(out: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor, what: str = "result") -> dict[str, float]:
+    """Raise GateError unless `out` is right; return the figures that were compared."""
+    if out.shape != truth.shape or out.dtype != stock.dtype:
+        raise GateError(f"{what}: {out.dtype}{list(out.shape)} where {stock.dtype}{list(truth.shape)} was expected")
+    if not torch.isfinite(out).all():
+        raise GateError(f"{what}: not all values are finite")
+    difference = out.double() - truth
+    error, allowed = difference.abs().max().item(), budget(stock, truth)
+    norm = (difference.norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    if error > allowed:
+        raise GateError(f"{what}: largest error {error:.3e}, allowed {allowed:.3e}")
+    if norm > NORM_BOUND[out.dtype]:
+        raise GateError(f"{what}: relative error norm {norm:.3e}, allowed {NORM_BOUND[out.dtype]:.0e}")
+    return {"error": error, "allowed": allowed, "norm": norm}
+
+
+def check_rival(out: torch.Tensor, truth: torch.Tensor, what: str) -> None:
+    """A rival must do the same work, not meet our budget: only the relative norm is bounded, ten times wider."""
+    norm = ((out.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    bound = 10 * NORM_BOUND[out.dtype]
+    if not norm <= bound:
+        raise GateError(f"{what}: relative error norm {norm:.3e}, allowed {bound:.0e}")

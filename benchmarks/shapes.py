@@ -1,0 +1,220 @@
+"""Every shape that is measured, written down once. pytest, run.py and report.py all read these lists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+BATCHES = (1, 16)
+THREADS = (1, 2)
+ITEMSIZE = {"float32": 4, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class DWCase:
+    """One depthwise convolution on a square map with 'same' padding.
+
+    bank: "learned" (one kernel a channel), "shared8" (channels / 8 kernels), "fixed8" (VGNet's 6 EK + 2 GK), "blur"
+    (one Gaussian).
+    """
+
+    name: str
+    channels: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    bank: str = "learned"
+    bias: bool = False
+    activation: str = "none"
+    count: int = 1
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+
+    @property
+    def bank_size(self) -> int:
+        return {"learned": self.channels, "shared8": self.channels // 8, "fixed8": 8, "blur": 1}[self.bank]
+
+    def macs(self, batch: int) -> int:
+        return batch * self.channels * self.out_size**2 * self.kernel**2
+
+    def traffic(self, batch: int, dtype: str = "float32") -> int:
+        """Bytes that must move when everything is read once and written once."""
+        elements = batch * self.channels * (self.size**2 + self.out_size**2) + self.bank_size * self.kernel**2
+        return ITEMSIZE[dtype] * elements
+
+
+@dataclass(frozen=True)
+class DSCase:
+    """One depthwise -> pointwise chain on a square map: `cat([z[:, -keep:], pw(z)])` with `z = cat([left, dw(right)])`.
+
+    Attributes:
+        channels: channels of the depthwise convolution; `out`: channels of the pointwise convolution.
+        passthrough: channels that enter the pointwise convolution without a depthwise one (VGNet's left half).
+        keep: depthwise channels that are also an output (VGNet's downsampling).
+        bias: both convolutions have one (a folded BatchNorm).
+        affine: scale and shift after the activation (conv-act-BN).
+        count: how often the network holds this shape.
+    """
+
+    name: str
+    family: str
+    channels: int
+    out: int
+    size: int
+    kernel: int = 3
+    stride: int = 1
+    passthrough: int = 0
+    keep: int = 0
+    bank: str = "learned"
+    dw_activation: str = "none"
+    activation: str = "relu"
+    bias: bool = False
+    affine: bool = False
+    count: int = 1
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+
+    @property
+    def bank_size(self) -> int:
+        return {"learned": self.channels, "shared8": self.channels // 8, "blur": 1}[self.bank]
+
+    @property
+    def pw_in(self) -> int:
+        return self.passthrough + self.channels
+
+    def pw_macs(self, batch: int) -> int:
+        return batch * self.pw_in * self.out * self.out_size**2
+
+    def macs(self, batch: int) -> int:
+        return self.pw_macs(batch) + batch * self.channels * self.out_size**2 * self.kernel**2
+
+    def traffic(self, batch: int, dtype: str = "float32") -> int:
+        """Bytes that must move when everything is read once and written once and the intermediate stays in cache."""
+        maps = self.channels * self.size**2 + (self.passthrough + self.keep + self.out) * self.out_size**2
+        weights = self.bank_size * self.kernel**2 + self.pw_in * self.out
+        return ITEMSIZE[dtype] * (batch * maps + weights)
+
+    def pointwise_only(self) -> DSCase:
+        """The same pointwise work behind a 1x1 depthwise convolution: what is left is nearly all pointwise."""
+        return replace(self, kernel=1, stride=1, size=self.out_size, bank="learned", keep=0)
+
+
+def _mobilenetv1() -> list[DSCase]:
+    """The 13 pairs at 224 (9 distinct shapes), BatchNorm folded into biases, ReLU after both convolutions."""
+    pairs = [
+        (32, 64, 112, 1, 1),
+        (64, 128, 112, 2, 1),
+        (128, 128, 56, 1, 1),
+        (128, 256, 56, 2, 1),
+        (256, 256, 28, 1, 1),
+        (256, 512, 28, 2, 1),
+        (512, 512, 14, 1, 5),
+        (512, 1024, 14, 2, 1),
+        (1024, 1024, 7, 1, 1),
+    ]
+    return [
+        DSCase(
+            f"mnv1-{c}-{k}-{size}-s{s}",
+            "MobileNetV1",
+            c,
+            k,
+            size,
+            stride=s,
+            dw_activation="relu",
+            bias=True,
+            count=count,
+        )
+        for c, k, size, s, count in pairs
+    ]
+
+
+def _vgnetg_1_0mp() -> list[DSCase]:
+    """All chains at 224: blur downsamplings with kept channels, half-identity blocks, the last shared dw + pw."""
+    widths, halves, size = (28, 56, 112, 224, 368), (3, 6, 12, 1), 112
+    cases = []
+    for i, (c, k) in enumerate(zip(widths, widths[1:], strict=False)):
+        keep = min(k // 2, c)
+        cases.append(
+            DSCase(
+                f"vgnet-down-{c}-{k}-{size}",
+                "VGNetG-1.0MP",
+                c,
+                k - keep,
+                size,
+                stride=2,
+                keep=keep,
+                bank="blur",
+                affine=True,
+            )
+        )
+        size, half = size // 2, k // 2
+        cases.append(
+            DSCase(
+                f"vgnet-half-{k}-{size}",
+                "VGNetG-1.0MP",
+                half,
+                half,
+                size,
+                passthrough=half,
+                affine=True,
+                count=halves[i],
+            )
+        )
+    last = widths[-1]
+    cases.append(DSCase(f"vgnet-last-{last}-{size}", "VGNetG-1.0MP", last, last, size, bank="shared8", affine=True))
+    return cases
+
+
+DSCONV = (*_mobilenetv1(), *_vgnetg_1_0mp())
+
+# "The pointwise part" is judged where it has at least 64 channels on both sides; 7x7 maps at batch 1 are exempt:
+# packing dominates there.
+POINTWISE = tuple(case for case in DSCONV if min(case.pw_in, case.out) >= 64)
+
+DWCONV = (
+    DWCase("dw3-32-112-s1", 32, 112, bias=True, activation="relu"),
+    DWCase("dw3-64-112-s2", 64, 112, stride=2, bias=True, activation="relu"),
+    DWCase("dw3-128-56-s1", 128, 56, bias=True, activation="relu"),
+    DWCase("dw3-256-28-s1", 256, 28, bias=True, activation="relu"),
+    DWCase("dw3-512-14-s1", 512, 14, bias=True, activation="relu"),
+    DWCase("dw3-1024-7-s1", 1024, 7, bias=True, activation="relu"),
+    DWCase("dw5-120-28-s1", 120, 28, kernel=5, bias=True, activation="hardswish"),
+    DWCase("dw7-96-56-s1", 96, 56, kernel=7, bias=True),
+    DWCase("dw3-28-56-s1", 28, 56),
+    DWCase("shared3-368-7", 368, 7, bank="shared8"),
+    DWCase("fixed3-64-28", 64, 28, bank="fixed8"),
+    DWCase("fixed3-128-14", 128, 14, bank="fixed8"),
+    DWCase("blur3-28-112-s2", 28, 112, stride=2, bank="blur"),
+    DWCase("blur3-112-28-s2", 112, 28, stride=2, bank="blur"),
+)
+
+# Half-identity blocks of VGNetG-1.0MP for forward + backward: (channels of the pair, map size).
+TRAINING = ((56, 56), (112, 28), (224, 14), (368, 7))
+TRAINING_BATCH = 16
+
+MODELS = ("vgnetg_1_0mp", "mobilenet_v2")
+MODEL_SIZE = 224
+
+# The subset of `--quick`: one shape of each kind.
+QUICK = {
+    "mnv1-128-128-56-s1",
+    "mnv1-512-512-14-s1",
+    "vgnet-down-56-112-56",
+    "vgnet-half-224-14",
+    "vgnet-last-368-7",
+} | {
+    "dw3-128-56-s1",
+    "shared3-368-7",
+    "blur3-28-112-s2",
+}
+
+
+def find(name: str) -> DSCase | DWCase:
+    """Return the case of that name; KeyError names what exists."""
+    for case in (*DSCONV, *DWCONV):
+        if case.name == name:
+            return case
+    raise KeyError(f"no benchmark shape {name!r}; there are {[case.name for case in (*DSCONV, *DWCONV)]}")
