@@ -19,7 +19,7 @@ struct Epilogue {
         slope(static_cast<C>(ref.slope)),
         low(clamps() && activation != Activation::none ? C(0) : -static_cast<C>(__builtin_inff())),
         high(activation == Activation::relu6 ? C(6) : static_cast<C>(__builtin_inff())) {
-    if (scale != nullptr || shift != nullptr) complete_affine(arena, channels);
+    if ((scale == nullptr) != (shift == nullptr)) complete_affine(arena, channels);
   }
 
   bool clamps() const { return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6; }
