@@ -1,0 +1,87 @@
+"""Fixtures of the whole suite: backends, seeds, poisoned memory, restored thread counts, GPU skips, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from effops import _library
+
+# Every test that takes `backend` runs once for each name. A new backend joins by adding its name here and, where it can
+# be absent, the reason to why_backend_missing.
+BACKENDS = ("reference", "cpp")
+
+settings.register_profile(
+    "effops",
+    max_examples=int(os.environ.get("EFFOPS_HYPOTHESIS", "150")),
+    derandomize="EFFOPS_HYPOTHESIS" not in os.environ or "CI" in os.environ,
+    database=None,
+    deadline=None,
+    print_blob=True,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+settings.load_profile("effops")
+
+
+def why_backend_missing(name: str) -> str | None:
+    """Why ``name`` cannot be tested here, or None."""
+    if name == "cpp" and not _library.kernels_loaded:
+        return f"backend cpp: {_library.why_not_loaded}"
+    return None
+
+
+def require_backend(name: str) -> None:
+    """Skips with the recorded reason; fails instead where the environment says that the backend must be there."""
+    reason = why_backend_missing(name)
+    if reason is None:
+        return
+    if os.environ.get(f"EFFOPS_REQUIRE_{name.upper()}") == "1":
+        pytest.fail(f"EFFOPS_REQUIRE_{name.upper()}=1, but {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped, with the reason, where there is none")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="needs a CUDA GPU: torch.cuda.is_available() is False")
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(skip)
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    """The name of every backend in turn."""
+    require_backend(request.param)
+    return request.param
+
+
+@pytest.fixture
+def cpp() -> str:
+    """For tests of the kernel library itself (raw operators, threads, instruction sets)."""
+    require_backend("cpp")
+    return "cpp"
+
+
+@pytest.fixture(autouse=True)
+def _clean_state() -> Iterator[None]:
+    """Seeds torch, NaN-fills uninitialised memory (an element nobody wrote then fails its test), restores threads."""
+    threads = torch.get_num_threads()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+    torch.set_num_threads(threads)

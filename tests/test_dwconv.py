@@ -1,0 +1,204 @@
+"""Depthwise convolution: values and gradients of every backend against the float64 oracle."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DW_CASES, DwCase, Epi, activation_cases, ids
+from helpers import (
+    KINKS,
+    as_leaves,
+    assert_within_budget,
+    call,
+    check_forward,
+    check_gradients,
+    gradients,
+    make_grad_output,
+    make_tensors,
+    memory_format_of,
+    oracle,
+    present,
+    to_float64,
+)
+
+import effops.functional as EF
+
+ACTIVATION_CASES = activation_cases(DwCase)
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def smooth(case: DwCase) -> bool:
+    """In bfloat16 values cannot be kept off a kink: rounding moves them across it, in torch's chain too."""
+    return case.epi.activation not in KINKS and case.epi.post_activation not in KINKS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", DW_CASES, ids=ids(DW_CASES))
+def test_forward(case: DwCase, dtype: torch.dtype, backend: str) -> None:
+    check_forward(case, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("case", DW_CASES, ids=ids(DW_CASES))
+def test_gradients(case: DwCase, dtype: torch.dtype, backend: str) -> None:
+    check_gradients(case, dtype, backend)
+
+
+@pytest.mark.parametrize("case", [c for c in DW_CASES if smooth(c)], ids=ids([c for c in DW_CASES if smooth(c)]))
+def test_gradients_bfloat16(case: DwCase, backend: str) -> None:
+    check_gradients(case, torch.bfloat16, backend)
+
+
+@pytest.mark.parametrize("case", ACTIVATION_CASES, ids=ids(ACTIVATION_CASES))
+def test_activations(case: DwCase, backend: str) -> None:
+    check_forward(case, torch.float32, backend)
+    check_forward(case, torch.bfloat16, backend)
+    check_gradients(case, torch.float32, backend)
+
+
+EVERYTHING = DwCase(
+    id="everything", n=2, c=10, h=8, w=7, stride=(2, 1), bank=5,
+    epi=Epi(bias=True, scale=True, shift=True, residual=True, activation="gelu", post_activation="leaky_relu"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("name", ("input", "weight", "bias", "scale", "shift", "residual"))
+def test_one_gradient_alone(name: str, layout: str, backend: str) -> None:
+    check_gradients(replace(EVERYTHING, layout=layout), torch.float32, backend, wanted=[name])
+
+
+def test_gradient_only_where_asked(backend: str) -> None:
+    tensors = as_leaves(make_tensors(EVERYTHING, torch.float32, kink_free=True), ["weight", "shift"])
+    call(tensors, EVERYTHING, backend).sum().backward()
+    assert [name for name in tensors if tensors[name].grad is not None] == ["weight", "shift"]
+
+
+def test_no_graph_without_need(backend: str) -> None:
+    tensors = make_tensors(EVERYTHING, torch.float32)
+    assert not call(tensors, EVERYTHING, backend).requires_grad
+    leaves = as_leaves(tensors)
+    with torch.no_grad():
+        assert not call(leaves, EVERYTHING, backend).requires_grad
+    assert call(leaves, EVERYTHING, backend).requires_grad
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("activation", ("relu", "relu6", "leaky_relu"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_derivative_at_the_kink_is_torchs(activation: str, layout: str, dtype: torch.dtype, backend: str) -> None:
+    """Dead regions make exact zeros common: there the subgradient must be the one torch takes. Sums of small integers
+    are exact in every order, so the arguments fall exactly on the kinks."""
+    case = DwCase(id="kink", c=19, layout=layout, data="exact", epi=Epi(bias=True, activation=activation, slope=0.25))
+    tensors = make_tensors(case, dtype)
+    value = F.conv2d(tensors["input"], tensors["weight"], tensors["bias"], padding=1, groups=19)
+    for kink in KINKS[activation]:
+        assert (value == kink).sum() > 5
+    grad_output = make_grad_output(case, value.shape)
+    _, truth = gradients(lambda t: oracle(t, case), to_float64(tensors), grad_output)
+    _, yardstick = gradients(lambda t: oracle(t, case), tensors, grad_output)
+    _, actual = gradients(lambda t: call(t, case, backend), tensors, grad_output)
+    for name in present(tensors):
+        assert_within_budget(actual[name], truth[name], yardstick[name], f"{activation} gradient of {name}")
+
+
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_nonfinite_stays_in_its_receptive_field(value: float, layout: str, backend: str) -> None:
+    case = DwCase(id="nonfinite", c=21, h=9, w=12, stride=(1, 2), layout=layout, epi=Epi(bias=True))
+    tensors = make_tensors(case, torch.float32)
+    tensors["input"][1, 19, 4, 5] = value
+    expected = oracle(tensors, case)
+    assert 0 < (~expected.isfinite()).sum() <= 6
+    assert torch.equal(call(tensors, case, backend).isfinite(), expected.isfinite())
+
+
+def test_shared_bank(backend: str) -> None:
+    """The gradient of a shared bank is the sum over its uses."""
+    case = DwCase(id="shared", c=48, bank=6, layout="channels_last", epi=Epi(bias=True))
+    tensors = make_tensors(case, torch.float32)
+    grad_output = make_grad_output(case, (2, 48, 7, 9))
+
+    def shared(t: dict) -> torch.Tensor:
+        return EF.shared_depthwise_conv2d(t["input"], t["weight"], t["bias"], padding=1, backend=backend)
+
+    out, actual = gradients(shared, tensors, grad_output)
+    truth_out, truth = gradients(lambda t: oracle(t, case), to_float64(tensors), grad_output)
+    yardstick_out, yardstick = gradients(lambda t: oracle(t, case), tensors, grad_output)
+    assert_within_budget(out, truth_out, yardstick_out, "shared output")
+    for name in ("input", "weight", "bias"):
+        assert_within_budget(actual[name], truth[name], yardstick[name], f"shared gradient of {name}")
+
+
+@pytest.mark.parametrize("channels", (8, 28, 3))
+@pytest.mark.parametrize("stride", (1, 2))
+def test_fixed_bank(channels: int, stride: int, backend: str) -> None:
+    case = DwCase(id=f"fixed-{channels}", c=channels, bank=8, stride=(stride, stride), layout="channels_last")
+    tensors = make_tensors(case, torch.float32)
+    leaf = tensors["input"].requires_grad_()
+    out = EF.fixed_filter_conv2d(leaf, tensors["weight"][:, 0], stride=stride, padding=1, backend=backend)
+    double = to_float64(tensors)
+    truth = oracle(double, case)
+    assert_within_budget(out, truth, oracle(tensors, case), "fixed bank output")
+    grad_output = make_grad_output(case, truth.shape)
+    (grad,) = torch.autograd.grad(out, leaf, grad_output.float())
+    _, expected = gradients(lambda t: oracle(t, case), double, grad_output, ["input"])
+    _, yardstick = gradients(lambda t: oracle(t, case), tensors, grad_output, ["input"])
+    assert_within_budget(grad, expected["input"], yardstick["input"], "fixed bank gradient")
+
+
+@pytest.mark.parametrize("padding", (0, 2, (1, 2), (3, 0, 1, 2), "same", "valid"), ids=str)
+def test_padding_forms(padding: int | tuple | str, backend: str) -> None:
+    left_right_top_bottom = {
+        0: (0, 0, 0, 0), 2: (2, 2, 2, 2), (1, 2): (2, 2, 1, 1), (3, 0, 1, 2): (3, 0, 1, 2), "same": (1, 1, 1, 1),
+        "valid": (0, 0, 0, 0),
+    }  # fmt: skip
+    case = DwCase(id="padding", c=5, padding=left_right_top_bottom[padding])
+    tensors = make_tensors(case, torch.float32)
+    out = EF.depthwise_conv2d(tensors["input"], tensors["weight"], padding=padding, backend=backend)
+    assert_within_budget(out, oracle(to_float64(tensors), case), oracle(tensors, case), f"padding {padding}")
+    if not isinstance(padding, tuple) or len(padding) == 2:
+        stock = F.conv2d(tensors["input"], tensors["weight"], padding=padding, groups=5)
+        assert out.shape == stock.shape
+
+
+def test_same_padding_of_even_kernels_is_torchs(backend: str) -> None:
+    """torch puts the odd row and column after."""
+    case = DwCase(id="same-even", c=6, kernel=(4, 2), padding=(0, 1, 1, 2))
+    tensors = make_tensors(case, torch.float32)
+    out = EF.depthwise_conv2d(tensors["input"], tensors["weight"], padding="same", backend=backend)
+    stock = F.conv2d(tensors["input"], tensors["weight"], padding="same", groups=6)
+    assert_within_budget(out, oracle(to_float64(tensors), case), stock, "same padding")
+
+
+@pytest.mark.parametrize("shape", ((2, 1, 5, 4), (2, 6, 1, 1), (1, 1, 1, 1), (2, 1, 1, 5), (1, 6, 5, 1)), ids=str)
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_ambiguous_strides_follow_conv2d(shape: tuple, memory_format: torch.memory_format, backend: str) -> None:
+    """C = 1 and H = W = 1 are contiguous and channels_last at once: F.conv2d decides by stride order, and so do we."""
+    x = torch.randn(shape).contiguous(memory_format=memory_format)
+    weight = torch.randn(shape[1], 1, 3, 3)
+    out = EF.depthwise_conv2d(x, weight, padding=1, backend=backend)
+    assert out.stride() == torch.empty(shape, memory_format=memory_format_of(x)).stride()
+    torch.testing.assert_close(out, F.conv2d(x, weight, padding=1, groups=shape[1]))
+
+
+def test_poison_reaches_the_kernels(backend: str) -> None:
+    """What the suite's NaN poison rests on: torch.empty is filled, and so is the output that a kernel allocates."""
+    assert torch.empty(3).isnan().all()
+    case = DW_CASES[4]
+    tensors = make_tensors(case, torch.float32)
+    call(tensors, case, backend)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        call(tensors, case, backend)
+    events = profile.events()
+    outer = [event for event in events if event.name == "effops::dwconv_fwd"] if backend == "cpp" else events
+    assert outer
+
+    def descendants(event: torch.autograd.profiler_util.FunctionEvent) -> list[str]:
+        return [event.name] + [name for child in event.cpu_children for name in descendants(child)]
+
+    names = [name for event in outer for name in descendants(event)]
+    assert "aten::fill_" in names, f"no fill among {names}"
