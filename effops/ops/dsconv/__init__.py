@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch.utils.flop_counter import register_flop_formula
 
 from effops import _library
 from effops.ops import geometry as G
 from effops.ops.dsconv import reference
-from effops.ops.dwconv import Kernels, fake_gradients, fake_output, kernel_gradients
+from effops.ops.dwconv import Kernels, depthwise_flops, fake_gradients, fake_output, kernel_gradients
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
 
@@ -41,6 +42,15 @@ def _dsconv_bwd(
         pw_weight, bias, scale, shift, residual,
     )  # fmt: skip
     return fake_gradients(tensors, _IMAGES, geometry, mask)
+
+
+@register_flop_formula(_ops.dsconv_fwd)
+def _dsconv_fwd_flops(
+    input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, scale, shift, residual, geometry, slopes, out_shape=None,
+):  # fmt: skip
+    n, _, p, q = out_shape
+    return depthwise_flops(input, dw_weight, geometry) + 2 * n * pw_weight[0] * pw_weight[1] * p * q
 
 
 class DSConv2dFunction(KernelFunction):

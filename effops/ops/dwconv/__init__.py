@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from effops import _library
 from effops.ops import geometry as G
@@ -80,6 +81,27 @@ def _dwconv_stats(input, weight, bias, geometry):
 @torch.library.register_fake("effops::dwconv_stats_bwd", lib=_library.lib)
 def _dwconv_stats_bwd(grad_mean, grad_var, mean, input, weight, bias, geometry, mask):
     return fake_gradients((input, weight, bias), 0b001, geometry, mask)
+
+
+# ---- FLOPs: two a multiply-accumulate, as torch.utils.flop_counter counts torch's own convolutions -------------------
+
+
+def depthwise_flops(input: Sequence[int], weight: Sequence[int], geometry: list[int]) -> int:
+    """FLOPs of the depthwise convolution of these shapes."""
+    n, c, h, w = input
+    r, s = weight[2:]
+    p, q = G.output_size(h, w, r, s, geometry)
+    return 2 * n * c * geometry[G.MULTIPLIER] * p * q * r * s
+
+
+@register_flop_formula(_ops.dwconv_fwd)
+def _dwconv_fwd_flops(input, weight, bias, scale, shift, residual, geometry, slope, out_shape=None):
+    return depthwise_flops(input, weight, geometry)
+
+
+@register_flop_formula(_ops.dwconv_stats)
+def _dwconv_stats_flops(input, weight, bias, geometry, out_shape=None):
+    return depthwise_flops(input, weight, geometry)
 
 
 # ---- autograd -------------------------------------------------------------------------------------------------------

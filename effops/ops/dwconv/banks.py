@@ -7,7 +7,6 @@ top to bottom, the operation is cross-correlation (as in `F.conv2d`) with zero p
 from __future__ import annotations
 
 import math
-from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -16,7 +15,11 @@ Kernel = tuple[tuple[float, ...], ...]
 
 
 def _fractions(rows: str) -> Kernel:
-    return tuple(tuple(float(Fraction(number)) for number in row.split()) for row in rows.split(";"))
+    def number(text: str) -> float:
+        numerator, _, denominator = text.partition("/")
+        return int(numerator) / int(denominator or 1)
+
+    return tuple(tuple(number(text) for text in row.split()) for row in rows.split(";"))
 
 
 def gaussian(sigma: float, size: int = 3, decimals: int | None = 4) -> Kernel:
