@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import effops.functional as EF
 from effops.ops.dwconv import banks
+from effops.ops.geometry import is_channels_last
 
 __all__ = [
     "BlurPool2d",
@@ -221,7 +222,7 @@ def _affine(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> tuple[Tensor, Te
 
 def _check_batch_size(values_per_channel: int, shape: Sequence[int]) -> None:
     if values_per_channel == 1:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {list(shape)}")
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
 
 
 @torch.no_grad()
@@ -401,7 +402,10 @@ def _pad_for(conv: nn.Module, input: Tensor) -> tuple[Tensor, str | tuple[int, .
     """Applies a padding mode that the kernels do not have; returns the padding left for the kernel."""
     if conv.padding_mode == "zeros":
         return input, conv.padding
-    return F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode), (0, 0)
+    padded = F.pad(input, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+    if is_channels_last(input):  # torch's circular padding forgets the format
+        padded = padded.contiguous(memory_format=torch.channels_last)
+    return padded, (0, 0)
 
 
 def _kernels(conv: nn.Module) -> Tensor:
@@ -1027,8 +1031,9 @@ class FusedDSConv(_FusedBlock):
     def _statistics(self, operands: tuple[Any, ...]) -> Affine:
         """The affine form of dw_norm on this batch, without the depthwise result in memory."""
         input = operands[0]
-        count = input.shape[0] * self._output_pixels(input)
-        _check_batch_size(count, (input.shape[0], self.dw.out_channels, count // max(input.shape[0], 1)))
+        height, width = self._output_size(input)
+        count = input.shape[0] * height * width
+        _check_batch_size(count, (input.shape[0], self.dw.out_channels, height, width))
         mean, var = EF.depthwise_stats2d(*operands, backend=self.backend)
         return self._track(mean, var, count)
 
@@ -1044,15 +1049,13 @@ class FusedDSConv(_FusedBlock):
         _update_running_statistics(self.dw_norm, mean, var, count)
         return _affine(self.dw_norm, mean, var)
 
-    def _output_pixels(self, input: Tensor) -> int:
-        """P * Q of the depthwise convolution of an input whose padding_mode has been applied already."""
-        sides = self._padding_sides() if self.dw.padding_mode == "zeros" else (0, 0, 0, 0)
-        spare = (sides[2] + sides[3], sides[0] + sides[1])
-        pixels = 1
-        for axis in range(2):
-            window = self.dw.dilation[axis] * (self.dw.kernel_size[axis] - 1) + 1
-            pixels *= (input.shape[2 + axis] + spare[axis] - window) // self.dw.stride[axis] + 1
-        return pixels
+    def _output_size(self, input: Tensor) -> tuple[int, int]:
+        """(P, Q) of the depthwise convolution of an input whose padding_mode has been applied already."""
+        left, right, top, bottom = self._padding_sides() if self.dw.padding_mode == "zeros" else (0, 0, 0, 0)
+        (kernel_h, kernel_w), (dilation_h, dilation_w) = self.dw.kernel_size, self.dw.dilation
+        height = input.shape[2] + top + bottom - dilation_h * (kernel_h - 1) - 1
+        width = input.shape[3] + left + right - dilation_w * (kernel_w - 1) - 1
+        return height // self.dw.stride[0] + 1, width // self.dw.stride[1] + 1
 
     # -- state and text -----------------------------------------------------------------------------------------------
 

@@ -1,0 +1,937 @@
+"""The modules against their stock twins and against hand-written networks: values, gradients, state, errors."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import assert_within_budget
+from torch import Tensor, nn
+
+import effops
+from effops import modules, stock
+
+BN = nn.BatchNorm2d
+Inputs = tuple[Tensor, ...]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A module, its twin in its own dtype and its twin in float64
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def randomise(module: nn.Module, seed: int = 0) -> None:
+    """Batch norms as after some training: no scale is 1 and no shift is 0."""
+    generator = torch.Generator().manual_seed(seed)
+    for norm in module.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            for name, low, high in (("weight", 0.5, 1.5), ("bias", -0.5, 0.5)):
+                if getattr(norm, name) is not None:
+                    getattr(norm, name).data.uniform_(low, high, generator=generator)
+            if norm.running_mean is not None:
+                norm.running_mean.uniform_(-0.5, 0.5, generator=generator)
+                norm.running_var.uniform_(0.5, 2.0, generator=generator)
+
+
+def trio(make: Callable[[Any], nn.Module], dtype: torch.dtype, backend: str) -> tuple[nn.Module, nn.Module, nn.Module]:
+    """(effops module, stock twin, stock twin in float64) with the same state; `make` takes the namespace."""
+    module, twin = make(modules), make(stock)
+    randomise(module)
+    module.to(dtype)
+    twin.to(dtype)
+    assert list(twin.state_dict()) == list(module.state_dict())
+    twin.load_state_dict(module.state_dict())
+    for part in module.modules():
+        if hasattr(part, "backend"):
+            part.backend = backend
+    return module, twin, copy.deepcopy(twin).double()
+
+
+def as_tuple(value: Any) -> Inputs:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def run(module: nn.Module, inputs: Inputs, grads: bool) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Outputs, and the gradients of every parameter and input; a tuple of inputs is passed as one argument."""
+    inputs = tuple(x.detach().clone().requires_grad_(grads) for x in inputs)
+    with torch.set_grad_enabled(grads):
+        outputs = as_tuple(module(inputs if len(inputs) > 1 else inputs[0]))
+    named = {f"output {index}": y.detach() for index, y in enumerate(outputs)}
+    if not grads:
+        return named, {}
+    generator = torch.Generator().manual_seed(7)
+    loss = sum((y * torch.randn(y.shape, generator=generator, dtype=torch.float64).to(y.dtype)).sum() for y in outputs)
+    leaves = {f"input {index}": x for index, x in enumerate(inputs)} | dict(module.named_parameters())
+    found = torch.autograd.grad(loss, list(leaves.values()))
+    return named, dict(zip(leaves, found, strict=True))
+
+
+def compare(
+    make: Callable[[Any], nn.Module],
+    inputs: Inputs,
+    backend: str,
+    *,
+    dtype: torch.dtype = torch.float64,
+    train: bool = False,
+    grads: bool = False,
+) -> nn.Module:
+    """Outputs, gradients and buffers of the effops module are within the error budget of its twin's."""
+    module, twin, truth = trio(make, dtype, backend)
+    inputs = tuple(x.to(dtype) for x in inputs)
+    results = []
+    for network in (module, twin, truth):
+        network.train(train)
+        wanted = tuple(x.double() for x in inputs) if network is truth else inputs
+        outputs, gradients = run(network, wanted, grads)
+        buffers = {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+        results.append(outputs | gradients | buffers)
+        counts = {name: b.item() for name, b in network.named_buffers() if name.endswith("num_batches_tracked")}
+        assert counts == dict.fromkeys(counts, int(train))
+    actual, yardstick, expected = results
+    assert list(actual) == list(expected)
+    for name in expected:
+        assert actual[name].dtype == dtype
+        stand = None if dtype == torch.float64 else yardstick[name]
+        assert_within_budget(actual[name], expected[name], stand, f"{name} (train={train})")
+    return module
+
+
+def image(*shape: int, seed: int = 1, channels_last: bool = False) -> Tensor:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# FusedDSConv against its twin
+# ---------------------------------------------------------------------------------------------------------------------
+
+MOBILENET = {"dw_norm": BN, "dw_act": "relu6", "norm": BN, "act": "relu6"}
+SMOOTH = {"dw_norm": BN, "dw_act": "silu", "norm": BN, "act": "hardswish"}
+
+# id: (positional and keyword arguments of FusedDSConv, input shape)
+CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
+    "plain": ((6, 10), {}, (2, 6, 7, 9)),
+    "biases": ((5, 7), {"bias": True, "dw_bias": True, "dw_act": "relu", "act": "gelu"}, (2, 5, 8, 6)),
+    "mobilenet_s2": ((6, 10), {"stride": 2, **MOBILENET}, (3, 6, 9, 7)),
+    "smooth_k5_multiplier": ((4, 9), {"kernel_size": 5, "depth_multiplier": 2, **SMOOTH}, (2, 4, 8, 8)),
+    "bn_between_only": ((6, 4), {"dw_norm": BN, "bias": True}, (2, 6, 6, 6)),
+    "act_norm": ((6, 8), {"norm": BN, "act": "relu", "norm_first": False}, (2, 6, 6, 7)),
+    "act_norm_act_norm": ((6, 8), {**SMOOTH, "norm_first": False}, (2, 6, 6, 7)),
+    "residual_relu_after": ((6, 6), {**SMOOTH, "act": None, "residual": True, "post_act": "relu"}, (2, 6, 6, 7)),
+    "act_then_residual": ((6, 6), {"norm": BN, "act": "silu", "residual": True}, (2, 6, 6, 7)),
+    "act_norm_residual": ((6, 6), {**SMOOTH, "norm_first": False, "residual": True, "post_act": "silu"}, (2, 6, 6, 7)),
+    "no_norm_residual": ((6, 6), {"act": "silu", "residual": True, "post_act": "hardswish"}, (2, 6, 6, 7)),
+    "dilated_1x3": ((3, 5), {"kernel_size": (1, 3), "dilation": (1, 2), **SMOOTH}, (2, 3, 5, 9)),
+    "no_padding_s2": ((3, 5), {"padding": 0, "stride": (2, 1), **SMOOTH}, (2, 3, 7, 6)),
+    "same": ((3, 5), {"padding": "same", "kernel_size": (2, 4), **SMOOTH}, (2, 3, 7, 6)),
+    "valid": ((3, 5), {"padding": "valid", **SMOOTH}, (2, 3, 7, 6)),
+    "uneven_padding_s2": ((3, 5), {"padding": (0, 1, 0, 1), "stride": 2, **SMOOTH}, (2, 3, 8, 8)),
+    "reflect": ((4, 5), {"padding_mode": "reflect", **SMOOTH}, (2, 4, 6, 7)),
+    "replicate_s2": ((4, 5), {"padding_mode": "replicate", "stride": 2, "kernel_size": 5, **SMOOTH}, (2, 4, 7, 8)),
+    "circular": ((4, 4), {"padding_mode": "circular", "residual": True, **SMOOTH}, (2, 4, 6, 7)),
+    "two_slopes": (
+        (4, 4),
+        {"act": partial(nn.LeakyReLU, 0.3), "norm": BN, "norm_first": False, "post_act": partial(nn.LeakyReLU, 0.1)},
+        (2, 4, 6, 7),
+    ),
+    "one_slope_twice": (
+        (4, 4),
+        {"dw_act": partial(nn.LeakyReLU, 0.2), "act": partial(nn.LeakyReLU, 0.3), "residual": True},
+        (2, 4, 6, 7),
+    ),
+    "not_affine": ((4, 6), {"dw_norm": partial(BN, affine=False), "norm": partial(BN, affine=False)}, (2, 4, 6, 7)),
+    "group_norm_after": ((4, 6), {"dw_norm": BN, "norm": partial(nn.GroupNorm, 2), "act": "silu"}, (2, 4, 6, 7)),
+    "group_norm_between": ((4, 6), {"dw_norm": partial(nn.GroupNorm, 2), "norm": BN, "act": "silu"}, (2, 4, 6, 7)),
+    "unknown_activation": ((4, 6), {**SMOOTH, "act": partial(nn.GELU, "tanh"), "post_act": "silu"}, (2, 4, 6, 7)),
+    "unknown_between": ((4, 6), {**SMOOTH, "dw_act": nn.Mish, "norm_first": False}, (2, 4, 6, 7)),
+}
+
+
+def ds_conv(name: str) -> tuple[Callable[[Any], nn.Module], Inputs]:
+    channels, arguments, shape = CASES[name]
+
+    def make(layers: Any) -> nn.Module:
+        torch.manual_seed(3)
+        return layers.FusedDSConv(*channels, **arguments)
+
+    return make, (image(*shape),)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_eval_and_training_match_the_twin(name: str, backend: str) -> None:
+    make, inputs = ds_conv(name)
+    compare(make, inputs, backend, grads=True)
+    compare(make, inputs, backend, train=True, grads=True)
+    compare(make, inputs, backend, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["recomputed", "stored"])
+@pytest.mark.parametrize(
+    "name", ["smooth_k5_multiplier", "uneven_padding_s2", "reflect", "circular", "same", "bn_between_only"]
+)
+def test_both_ways_of_training_with_a_batch_norm_between(
+    name: str, store: bool, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(modules.FusedDSConv, "_store_intermediate", lambda self, input: store)
+    make, inputs = ds_conv(name)
+    compare(make, inputs, backend, train=True, grads=True)
+    stored = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+    module = compare(make, stored, backend, train=True)
+    assert module(stored[0]).is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("store", [False, True], ids=["recomputed", "stored"])
+def test_training_in_float32(store: bool, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wide enough that torch's own largest error, the yardstick, is not a matter of luck."""
+    monkeypatch.setattr(modules.FusedDSConv, "_store_intermediate", lambda self, input: store)
+
+    def make(layers: Any) -> nn.Module:
+        torch.manual_seed(3)
+        return layers.FusedDSConv(40, 56, **SMOOTH)
+
+    compare(make, (image(3, 40, 13, 11),), backend, dtype=torch.float32, train=True, grads=True)
+
+
+@pytest.mark.parametrize("name", ["mobilenet_s2", "act_norm_residual", "residual_relu_after", "biases"])
+def test_bfloat16_inference(name: str, backend: str) -> None:
+    make, inputs = ds_conv(name)
+    compare(make, inputs, backend, dtype=torch.bfloat16)
+
+
+def test_which_way_is_taken_depends_on_the_window() -> None:
+    """Few taps are computed twice; many taps on a strided, hence small, result are stored."""
+    small = modules.FusedDSConv(8, 8, 3, dw_norm=BN)
+    large = modules.FusedDSConv(8, 8, 11, dw_norm=BN)
+    x = torch.zeros(1, 8, 16, 16)
+    assert not small._store_intermediate(x)
+    assert large._store_intermediate(x)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.37, None])
+def test_running_statistics_over_several_steps(momentum: float | None, backend: str) -> None:
+    make, _ = ds_conv("mobilenet_s2")
+    module, twin, _ = trio(make, torch.float64, backend)
+    for network in (module, twin):
+        network.train()
+        network.dw_norm.momentum = momentum
+    for step in range(3):
+        x = image(2, 6, 7, 5, seed=step)
+        torch.testing.assert_close(module(x), twin(x), rtol=1e-11, atol=1e-11)
+    for name, buffer in twin.named_buffers():
+        torch.testing.assert_close(dict(module.named_buffers())[name], buffer, rtol=1e-12, atol=1e-12)
+    assert module.dw_norm.num_batches_tracked == 3
+
+
+def test_without_running_statistics_eval_uses_the_batch(backend: str) -> None:
+    def make(layers: Any) -> nn.Module:
+        torch.manual_seed(3)
+        norm = partial(BN, track_running_stats=False)
+        return layers.FusedDSConv(4, 6, dw_norm=norm, dw_act="silu", norm=norm, act="silu")
+
+    compare(make, (image(2, 4, 6, 7),), backend, grads=True)
+    compare(make, (image(2, 4, 6, 7),), backend, train=True, grads=True)
+
+
+def test_frozen_batch_norm_in_training(backend: str) -> None:
+    """norm.eval() inside a network in training: running statistics are used and left alone."""
+    make, (x,) = ds_conv("mobilenet_s2")
+    module, twin, _ = trio(make, torch.float64, backend)
+    before = module.dw_norm.running_mean.clone()
+    for network in (module, twin):
+        network.train()
+        network.dw_norm.eval()
+    torch.testing.assert_close(module(x), twin(x), rtol=1e-12, atol=1e-12)
+    assert torch.equal(module.dw_norm.running_mean, before)
+
+
+def test_one_value_per_channel_is_refused_as_by_torch(backend: str) -> None:
+    make, _ = ds_conv("bn_between_only")
+    module, twin, _ = trio(make, torch.float64, backend)
+    x = image(1, 6, 1, 1)
+    for network in (module, twin):
+        with pytest.raises(
+            ValueError, match=r"Expected more than 1 value per channel when training, got input size torch.Size\(\[1, 6, 1, 1\]\)"
+        ):
+            network.train()(x)
+        assert network.dw_norm.num_batches_tracked == (network is twin)  # ours checks before it counts
+
+
+def test_empty_batch(backend: str) -> None:
+    make, _ = ds_conv("mobilenet_s2")
+    module, twin, _ = trio(make, torch.float32, backend)
+    assert module.eval()(torch.empty(0, 6, 9, 7)).shape == twin.eval()(torch.empty(0, 6, 9, 7)).shape
+
+
+def test_nothing_is_cached(backend: str) -> None:
+    """Edits that do not touch a version counter take effect in the next call."""
+    make, (x,) = ds_conv("mobilenet_s2")
+    module, twin, _ = trio(make, torch.float64, backend)
+    module.eval()(x)
+    for network in (module, twin):
+        network.eval()
+        network.dw.weight.data.mul_(2)
+        network.pw.weight.data = network.pw.weight.data + 1
+        network.norm.running_var.data.mul_(3)
+        network.dw_norm.eps = 0.1
+    torch.testing.assert_close(module(x), twin(x), rtol=1e-12, atol=1e-12)
+
+
+def test_residual_argument(backend: str) -> None:
+    make, (x,) = ds_conv("mobilenet_s2")
+    module, twin, _ = trio(make, torch.float64, backend)
+    other = image(3, 10, 5, 4, seed=5)
+    for network in (module.eval(), twin.eval()):
+        assert not torch.equal(network(x), network(x, other))
+    torch.testing.assert_close(module(x, other), twin(x, other), rtol=1e-12, atol=1e-12)
+    with pytest.raises(ValueError, match="residual given, but residual=True already adds the input"):
+        modules.FusedDSConv(4, 4, residual=True)(torch.zeros(1, 4, 3, 3), torch.zeros(1, 4, 3, 3))
+
+
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_autocast_gives_the_dtype_that_stock_gives(train: bool, residual: bool, backend: str) -> None:
+    def make(layers: Any) -> nn.Module:
+        torch.manual_seed(0)
+        return layers.FusedDSConv(8, 8, **SMOOTH, residual=residual)
+
+    module, twin, _ = trio(make, torch.float32, backend)
+    x = image(2, 8, 9, 9).float()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = module.train(train)(x), twin.train(train)(x)
+    assert ours.dtype == theirs.dtype == (torch.float32 if residual else torch.bfloat16)
+    assert (ours.float() - theirs.float()).norm() <= 2e-2 * theirs.float().norm()
+
+
+def test_compiles_without_graph_breaks(backend: str) -> None:
+    make, (x,) = ds_conv("mobilenet_s2")
+    module, _, _ = trio(make, torch.float64, backend)
+    for train in (False, True):
+        module.train(train)
+        expected = copy.deepcopy(module)(x)
+        torch._dynamo.reset()
+        compiled = torch.compile(copy.deepcopy(module), backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_copies_and_pickles(backend: str) -> None:
+    make, (x,) = ds_conv("mobilenet_s2")
+    module, _, _ = trio(make, torch.float64, backend)
+    module.eval()
+    for other in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
+        assert torch.equal(other(x), module(x))
+        other.dw.weight.data.zero_()
+        assert not torch.equal(other(x), module(x))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What fuses
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def mobilenet_block() -> modules.FusedDSConv:
+    return modules.FusedDSConv(4, 6, **SMOOTH).eval()
+
+
+def hook(*_: Any) -> None:
+    return None
+
+
+UNFUSED: dict[str, tuple[Callable[[modules.FusedDSConv], object], str]] = {
+    "forward hook": (lambda m: m.pw.register_forward_hook(hook), "pw has forward hooks"),
+    "forward pre-hook": (lambda m: m.dw_norm.register_forward_pre_hook(hook), "dw_norm has forward hooks"),
+    "backward hook": (lambda m: m.dw_act.register_full_backward_hook(hook), "dw_act has backward hooks"),
+    "parametrized": (
+        lambda m: nn.utils.parametrizations.weight_norm(m.dw),
+        "dw is ParametrizedConv2d (parametrized), not a plain Conv2d",
+    ),
+    "replaced forward": (lambda m: setattr(m.dw, "forward", m.dw.forward), "dw has a replaced forward method"),
+    "SyncBatchNorm": (
+        lambda m: setattr(m, "dw_norm", nn.SyncBatchNorm.convert_sync_batchnorm(m.dw_norm)),
+        "dw_norm is SyncBatchNorm, not a plain BatchNorm2d",
+    ),
+    "unknown activation": (
+        lambda m: setattr(m, "dw_act", nn.Mish()),
+        "dw_act is Mish(), which the kernels do not know",
+    ),
+    "conv subclass": (
+        lambda m: setattr(m, "dw", type("MyConv", (nn.Conv2d,), {})(4, 4, 3, padding=1, groups=4)),
+        "dw is MyConv, not a plain Conv2d",
+    ),
+    "hook on the last norm": (lambda m: m.norm.register_forward_hook(hook), "norm has forward hooks"),
+    "group norm at the end": (
+        lambda m: setattr(m, "norm", nn.GroupNorm(2, 6)),
+        "norm is GroupNorm, not a plain BatchNorm2d",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNFUSED)
+def test_what_cannot_fuse_is_called_and_named(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    change, reason = UNFUSED[name]
+    module = mobilenet_block()
+    assert module.fusion_reasons() == ()
+    assert "not fused" not in repr(module)
+    change(module)
+    assert module.fusion_reasons() == (reason,)
+    assert f"not fused: {reason}" in repr(module)
+    fused = []
+    original = modules.EF.ds_conv2d
+    monkeypatch.setattr(modules.EF, "ds_conv2d", lambda *args, **kwargs: fused.append(1) or original(*args, **kwargs))
+    x = image(2, 4, 5, 5).float()
+    y = module(x)
+    head = reason.split()[0] in ("dw", "dw_norm", "dw_act", "pw")
+    assert len(fused) == (0 if head else 1)
+    assert torch.allclose(y, module._forward_unfused(x, None), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("part", ["dw", "dw_norm", "dw_act", "pw", "norm", "act", "post_act"])
+def test_hooks_on_every_part_run(part: str) -> None:
+    module = mobilenet_block()
+    seen = []
+    getattr(module, part).register_forward_hook(lambda *_: seen.append(part))
+    module(torch.randn(1, 4, 5, 5))
+    assert seen == [part]
+
+
+def test_an_unknown_norm_between_sees_every_batch() -> None:
+    """The unfused path must not skip what a subclass of BatchNorm2d does."""
+
+    class Counting(nn.BatchNorm2d):
+        calls = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input)
+
+    module = modules.FusedDSConv(4, 6, dw_norm=Counting)
+    module(torch.randn(2, 4, 5, 5))
+    assert module.dw_norm.calls == 1
+    assert module.fusion_reasons() == ("dw_norm is Counting, not a plain BatchNorm2d",)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# from_modules and state dicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sequential(norm_first: bool = True) -> nn.Sequential:
+    torch.manual_seed(11)
+    dw, pw = nn.Conv2d(4, 4, 3, 2, 1, groups=4, bias=False), nn.Conv2d(4, 6, 1, bias=False)
+    first = [BN(4), nn.SiLU()] if norm_first else [nn.SiLU(), BN(4)]
+    second = [BN(6), nn.ReLU6()] if norm_first else [nn.ReLU6(), BN(6)]
+    network = nn.Sequential(dw, *first, pw, *second).double()
+    randomise(network)
+    return network
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_from_modules_shares(norm_first: bool, train: bool, backend: str) -> None:
+    network = sequential(norm_first).train(train)
+    parts = list(copy.deepcopy(network))
+    names = ("dw_norm", "dw_act", "norm", "act") if norm_first else ("dw_act", "dw_norm", "act", "norm")
+    chosen = dict(zip(names, (parts[1], parts[2], parts[4], parts[5]), strict=True))
+    fused = modules.FusedDSConv.from_modules(parts[0], parts[3], **chosen, norm_first=norm_first, backend=backend)
+    assert fused.training == train
+    assert fused.dw.weight is parts[0].weight
+    x = image(2, 4, 7, 8)
+    torch.testing.assert_close(fused(x), network(x), rtol=1e-12, atol=1e-12)
+    if train:
+        torch.testing.assert_close(fused.dw_norm.running_var, network[1 if norm_first else 2].running_var)
+
+
+BANKED = {
+    "shared": lambda layers: layers.SharedDepthwiseConv2d(16, 8),
+    "fixed": lambda layers: layers.FixedFilterConv2d(16, "vgnet8", stride=2),
+    "fixed_uneven_bank": lambda layers: layers.FixedFilterConv2d(16, torch.randn(5, 3, 3), padding=(0, 1, 2, 1)),
+    "blur": lambda layers: layers.BlurPool2d(16, 3, padding_mode="reflect"),
+    "depthwise": lambda layers: layers.DepthwiseConv2d(16, 5, 2),
+}
+
+
+@pytest.mark.parametrize("name", BANKED)
+def test_from_modules_takes_repeated_kernels(name: str, backend: str) -> None:
+    def make(layers: Any) -> nn.Module:
+        torch.manual_seed(5)
+        return layers.FusedDSConv.from_modules(
+            BANKED[name](layers), nn.Conv2d(16, 8, 1), dw_norm=BN(16), norm=BN(8), act="silu", norm_first=False
+        )
+
+    module = compare(make, (image(2, 16, 9, 8),), backend, grads=True)
+    assert module.fusion_reasons() == ()
+    compare(make, (image(2, 16, 9, 8),), backend, train=True, grads=True)
+
+
+def fused_like_sequential(norm_first: bool = True) -> modules.FusedDSConv:
+    return modules.FusedDSConv(
+        4, 6, stride=2, dw_norm=BN, dw_act="silu", norm=BN, act="relu6", norm_first=norm_first
+    ).double()  # fmt: skip
+
+
+def torchvision_names(network: nn.Sequential) -> dict[str, Tensor]:
+    """conv.0.0, conv.0.1, conv.1, conv.2: torchvision's first MobileNetV2 block."""
+    moved = {"0": "conv.0.0", "1": "conv.0.1", "3": "conv.1", "4": "conv.2"}
+    return {moved[key[0]] + key[1:]: value for key, value in network.state_dict().items()}
+
+
+def timm_names(network: nn.Sequential) -> dict[str, Tensor]:
+    moved = {"0": "conv_dw", "1": "bn1", "3": "conv_pw", "4": "bn2"}
+    return {moved[key[0]] + key[1:]: value for key, value in network.state_dict().items()}
+
+
+def mobilenetv1_names(network: nn.Sequential) -> dict[str, Tensor]:
+    moved = {"0": "0.0", "1": "0.1", "3": "1.0", "4": "1.1"}
+    return {moved[key[0]] + key[1:]: value for key, value in network.state_dict().items()}
+
+
+@pytest.mark.parametrize("naming", [nn.Sequential.state_dict, torchvision_names, timm_names, mobilenetv1_names])
+@pytest.mark.parametrize("nested", [False, True])
+def test_loads_the_block_it_replaces(naming: Callable[[Any], dict[str, Tensor]], nested: bool) -> None:
+    network = sequential().eval()
+    fused = fused_like_sequential().eval()
+    state = naming(network)
+    keys = list(state)
+    if nested:
+        holder = nn.ModuleDict({"stem": nn.Conv2d(1, 1, 1).double(), "block": fused})
+        stem = {f"stem.{key}": value for key, value in holder["stem"].state_dict().items()}
+        holder.load_state_dict(stem | {f"block.{key}": value for key, value in state.items()})
+    else:
+        fused.load_state_dict(state)
+    assert list(state) == keys, "the caller's dict was changed"
+    x = image(2, 4, 7, 8)
+    torch.testing.assert_close(fused(x), network(x), rtol=1e-12, atol=1e-12)
+
+
+def test_loads_an_act_norm_sequential_and_its_own_state() -> None:
+    network = sequential(norm_first=False).eval()
+    fused = fused_like_sequential(norm_first=False).eval()
+    fused.load_state_dict(network.state_dict())
+    x = image(2, 4, 7, 8)
+    torch.testing.assert_close(fused(x), network(x), rtol=1e-12, atol=1e-12)
+    again = fused_like_sequential(norm_first=False).eval()
+    again.load_state_dict(fused.state_dict())
+    assert torch.equal(again(x), fused(x))
+
+
+def test_more_than_ten_positions_sort_as_numbers() -> None:
+    keys = ["2.weight", "10.weight"]
+    assert modules.ds_conv_key_map(keys, ["dw", "pw"]) == {"2.weight": "dw.weight", "10.weight": "pw.weight"}
+
+
+def test_a_state_dict_that_does_not_fit_is_reported() -> None:
+    state = sequential().state_dict()
+    with pytest.raises(RuntimeError, match=r"(?s)Missing key.*dw\.weight.*Unexpected key.*0\.weight"):
+        modules.FusedDSConv(4, 6).load_state_dict(state)
+    with pytest.raises(RuntimeError, match=r"Missing key.*pw\.weight"):
+        fused_like_sequential().load_state_dict({key: value for key, value in state.items() if key[0] != "3"})
+    state["9.weight"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="Unexpected key"):
+        fused_like_sequential().load_state_dict(state)
+
+
+def test_twins_exchange_state_dicts() -> None:
+    make, (x,) = ds_conv("mobilenet_s2")
+    module, twin = make(modules).double().eval(), make(stock).double().eval()
+    for source, target in ((module, twin), (twin, module)):
+        randomise(source, seed=id(source) % 1000)
+        target.load_state_dict(source.state_dict())
+        torch.testing.assert_close(target(x), source(x), rtol=1e-12, atol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Single depthwise convolutions and VGNet's blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+DEPTHWISE: dict[str, tuple[Callable[[Any], nn.Module], tuple[int, ...]]] = {
+    "learned": (lambda m: m.DepthwiseConv2d(6, 3, bias=True), (2, 6, 7, 8)),
+    "multiplier_1x5_s2": (lambda m: m.DepthwiseConv2d(3, (1, 5), 2, depth_multiplier=3), (2, 3, 7, 8)),
+    "same": (lambda m: m.DepthwiseConv2d(3, 4, padding="same", dilation=2), (2, 3, 9, 8)),
+    "circular": (lambda m: m.DepthwiseConv2d(3, 5, padding_mode="circular"), (2, 3, 7, 8)),
+    "shared": (lambda m: m.SharedDepthwiseConv2d(16, bias=True), (2, 16, 7, 8)),
+    "shared_by_2_uneven": (lambda m: m.SharedDepthwiseConv2d(6, 2, 5, 2, (1, 2, 0, 2)), (2, 6, 7, 8)),
+    "shared_replicate": (lambda m: m.SharedDepthwiseConv2d(6, 3, padding_mode="replicate"), (2, 6, 7, 8)),
+    "vgnet8": (lambda m: m.FixedFilterConv2d(20), (2, 20, 7, 8)),
+    "vgnet4": (lambda m: m.FixedFilterConv2d(6, "vgnet4", 2), (2, 6, 7, 8)),
+    "given_bank": (lambda m: m.FixedFilterConv2d(5, torch.arange(18.0).reshape(2, 3, 3), dilation=2), (2, 5, 7, 8)),
+    "more_kernels_than_channels": (lambda m: m.FixedFilterConv2d(3, "vgnet8"), (2, 3, 7, 8)),
+    "binomial": (lambda m: m.BlurPool2d(5, 5), (2, 5, 9, 8)),
+    "gaussian": (lambda m: m.BlurPool2d(5, 3, filter="gaussian", sigma=0.7, alternate_sign=True), (2, 5, 9, 8)),
+    "reflect": (lambda m: m.BlurPool2d(5, 4, padding=2, padding_mode="reflect"), (2, 5, 9, 8)),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHWISE)
+def test_depthwise_modules_match_their_twins(name: str, backend: str) -> None:
+    make, shape = DEPTHWISE[name]
+
+    def seeded(layers: Any) -> nn.Module:
+        torch.manual_seed(2)
+        return make(layers)
+
+    for dtype in (torch.float64, torch.float32):
+        compare(seeded, (image(*shape),), backend, dtype=dtype, grads=True)
+    compare(seeded, (image(*shape, channels_last=True),), backend)
+
+
+def test_depthwise_is_the_grouped_convolution() -> None:
+    torch.manual_seed(0)
+    ours = modules.DepthwiseConv2d(6, 3, 2, depth_multiplier=2, bias=True)
+    torch.manual_seed(0)
+    theirs = nn.Conv2d(6, 12, 3, 2, 1, groups=6)
+    x = torch.randn(2, 6, 9, 9)
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    theirs.load_state_dict(ours.state_dict())
+
+
+def test_shared_kernels_repeat_over_chunks(backend: str) -> None:
+    """Written out as VGNet does it: the same small convolution on every chunk; the gradient is the sum."""
+    module = modules.SharedDepthwiseConv2d(24, share=8, backend=backend).double()
+    x = image(2, 24, 6, 5)
+    chunks = [F.conv2d(chunk, module.weight, padding=1, groups=3) for chunk in x.chunk(8, 1)]
+    expected = torch.cat(chunks, 1)
+    torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
+    weights = image(*expected.shape, seed=4)
+    (ours,) = torch.autograd.grad((module(x) * weights).sum(), module.weight)
+    (theirs,) = torch.autograd.grad((expected * weights).sum(), module.weight)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    assert module.weight.numel() == 9 * 24 // 8
+
+
+def test_fixed_filters_are_constants() -> None:
+    fixed = modules.FixedFilterConv2d(8, "vgnet8")
+    assert list(fixed.parameters()) == []
+    assert list(fixed.state_dict()) == ["weight"]
+    assert fixed.weight.dtype == torch.float32
+    torch.testing.assert_close(fixed.weight[:6].sum((1, 2, 3)), torch.zeros(6), rtol=0, atol=1e-6)
+    sobel = torch.tensor([[-0.5, -1, -0.5], [0, 0, 0], [0.5, 1, 0.5]])
+    assert torch.equal(fixed.weight[0, 0], sobel)
+    assert fixed.to(torch.bfloat16).weight.dtype == torch.bfloat16
+
+
+def test_blur_keeps_a_constant_image() -> None:
+    for blur in (modules.BlurPool2d(2), modules.BlurPool2d(2, 5, filter="gaussian", sigma=2.0)):
+        y = blur(torch.ones(1, 2, 16, 16))
+        torch.testing.assert_close(y[:, :, 2:-2, 2:-2], torch.ones(1, 2, 4, 4), rtol=1e-6, atol=0)
+    negated = modules.BlurPool2d(4, alternate_sign=True)(torch.ones(1, 4, 8, 8))
+    assert (negated[:, 0] > 0).all() and torch.equal(negated[:, 0], -negated[:, 1])
+
+
+VGNET_BLOCKS: dict[str, tuple[Callable[[Any], nn.Module], Inputs]] = {
+    "half": (lambda m: m.HalfIdentityBlock(12, act="silu"), (image(2, 6, 7, 5), image(2, 6, 7, 5, seed=2))),
+    "half_k5_no_norm": (lambda m: m.HalfIdentityBlock(6, 5, norm=None), (image(2, 3, 6, 5), image(2, 3, 6, 5, seed=2))),
+    "down_224_368_like": (lambda m: m.DownsamplingBlock(14, 22, act="silu"), (image(2, 14, 7, 8),)),
+    "down_recut": (lambda m: m.DownsamplingBlock(4, 10, act="silu"), (image(2, 4, 7, 8),)),
+    "down_pair": (lambda m: m.DownsamplingBlock(8, 12), (image(2, 4, 8, 8), image(2, 4, 8, 8, seed=2))),
+    "down_shrinks": (lambda m: m.DownsamplingBlock(8, 6, act="silu"), (image(2, 8, 7, 8),)),
+    "down_learned_s1": (lambda m: m.DownsamplingBlock(6, 8, 1, act="silu"), (image(2, 6, 5, 6),)),
+    "down_group_norm": (lambda m: m.DownsamplingBlock(4, 10, norm=partial(nn.GroupNorm, 1)), (image(2, 4, 7, 8),)),
+    "down_unknown_act": (lambda m: m.DownsamplingBlock(4, 8, act=nn.Mish), (image(2, 4, 7, 8),)),
+}
+
+
+@pytest.mark.parametrize("name", VGNET_BLOCKS)
+def test_vgnet_blocks_match_their_twins(name: str, backend: str) -> None:
+    make, inputs = VGNET_BLOCKS[name]
+
+    def seeded(layers: Any) -> nn.Module:
+        torch.manual_seed(2)
+        return make(layers)
+
+    compare(seeded, inputs, backend, grads=True)
+    compare(seeded, inputs, backend, train=True, grads=True)
+    compare(seeded, inputs, backend, dtype=torch.float32)
+    compare(seeded, tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs), backend)
+
+
+def test_half_identity_by_hand() -> None:
+    block = modules.HalfIdentityBlock(8).double().eval()
+    randomise(block)
+    left, right = image(2, 4, 6, 5), image(2, 4, 6, 5, seed=2)
+    mixed = torch.cat([left, F.conv2d(right, block.dw.weight, padding=1, groups=4)], 1)
+    expected = block.norm(F.relu(F.conv2d(mixed, block.pw.weight)))
+    first, second = block((left, right))
+    assert first is right
+    torch.testing.assert_close(second, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "keep", "new"), [(224, 368, 184, 184), (32, 72, 32, 40), (376, 512, 256, 256)]
+)
+def test_downsampling_keeps_the_last_channels(before: int, after: int, keep: int, new: int) -> None:
+    block = modules.DownsamplingBlock(before, after).eval()
+    assert (block.keep, block.pw.out_channels) == (keep, new)
+    x = image(1, before, 4, 4).float()
+    left, right = block(x)
+    assert left.shape == right.shape == (1, after // 2, 2, 2)
+    gauss = torch.tensor([[0.0811, 0.1226, 0.0811], [0.1226, 0.1853, 0.1226], [0.0811, 0.1226, 0.0811]])
+    blurred = F.conv2d(x, gauss.expand(before, 1, 3, 3), stride=2, padding=1, groups=before)
+    torch.testing.assert_close(torch.cat([left, right], 1)[:, :keep], blurred[:, -keep:], rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_with_hooks_are_called_part_by_part() -> None:
+    for block, x in (
+        (modules.HalfIdentityBlock(4).eval(), (torch.randn(1, 2, 4, 4), torch.randn(1, 2, 4, 4))),
+        (modules.DownsamplingBlock(4, 6).eval(), torch.randn(1, 4, 4, 4)),
+    ):
+        fused = block(x)
+        seen = []
+        block.dw.register_forward_hook(lambda *_, seen=seen: seen.append(1))
+        unfused = block(x)
+        assert seen == [1]
+        assert block.fusion_reasons() == ("dw has forward hooks",)
+        for a, b in zip(fused, unfused, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Construction
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_device_and_dtype() -> None:
+    with torch.device("meta"):
+        pass
+    for make in (
+        lambda **kw: modules.FusedDSConv(4, 4, **SMOOTH, **kw),
+        lambda **kw: modules.DepthwiseConv2d(4, **kw),
+        lambda **kw: modules.SharedDepthwiseConv2d(8, **kw),
+        lambda **kw: modules.FixedFilterConv2d(8, **kw),
+        lambda **kw: modules.BlurPool2d(8, **kw),
+        lambda **kw: modules.HalfIdentityBlock(4, **kw),
+        lambda **kw: modules.DownsamplingBlock(4, 4, **kw),
+    ):
+        module = make(device="meta", dtype=torch.float64)
+        for tensor in (*module.parameters(), *module.buffers()):
+            assert tensor.device.type == "meta"
+            assert tensor.dtype in (torch.float64, torch.int64)
+
+
+def test_modules_are_public() -> None:
+    for name in modules.__all__:
+        assert name == "ds_conv_key_map" or getattr(effops, name) is getattr(modules, name)
+
+
+class NotANorm:
+    pass
+
+
+ERRORS: dict[str, tuple[Callable[[], object], type[Exception], str]] = {
+    "channels 0": (lambda: modules.FusedDSConv(0, 4), ValueError, "FusedDSConv: in_channels must be at least 1, got 0"),
+    "channels float": (
+        lambda: modules.FusedDSConv(4, 4.0),
+        TypeError,
+        "FusedDSConv: out_channels must be an int, got 4.0 (float)",
+    ),
+    "bool": (
+        lambda: modules.FusedDSConv(True, 4),
+        TypeError,
+        "FusedDSConv: in_channels must be an int, got True (bool)",
+    ),
+    "kernel triple": (
+        lambda: modules.FusedDSConv(4, 4, (1, 2, 3)),
+        ValueError,
+        "FusedDSConv: kernel_size must be an int or a pair (height, width), got (1, 2, 3)",
+    ),
+    "even kernel": (
+        lambda: modules.FusedDSConv(4, 4, 2),
+        ValueError,
+        "FusedDSConv: padding=None means 'same' and needs an odd kernel_size, got (2, 2); give it",
+    ),
+    "stride 0": (
+        lambda: modules.FusedDSConv(4, 4, stride=0),
+        ValueError,
+        "FusedDSConv: stride must be at least 1, got 0",
+    ),
+    "dilation": (
+        lambda: modules.DepthwiseConv2d(4, dilation=-1),
+        ValueError,
+        "DepthwiseConv2d: dilation must be at least 1, got -1",
+    ),
+    "padding word": (
+        lambda: modules.FusedDSConv(4, 4, padding="full"),
+        ValueError,
+        "FusedDSConv: unknown padding 'full'; accepted words: 'same', 'valid'",
+    ),
+    "padding triple": (
+        lambda: modules.FusedDSConv(4, 4, padding=(1, 1, 1)),
+        ValueError,
+        "FusedDSConv: padding must be an int, (height, width), (left, right, top, bottom), 'same', 'valid' or None, "
+        "got (1, 1, 1)",
+    ),
+    "padding negative": (
+        lambda: modules.FusedDSConv(4, 4, padding=-1),
+        ValueError,
+        "FusedDSConv: padding must be at least 0, got -1",
+    ),
+    "same with stride": (
+        lambda: modules.FusedDSConv(4, 4, padding="same", stride=2),
+        ValueError,
+        "FusedDSConv: padding='same' needs stride 1, got (2, 2); give the padding as numbers",
+    ),
+    "uneven reflect": (
+        lambda: modules.FusedDSConv(4, 4, padding=(0, 1, 0, 1), padding_mode="reflect"),
+        ValueError,
+        "FusedDSConv: uneven padding (0, 1, 0, 1) needs padding_mode='zeros', got 'reflect'",
+    ),
+    "uneven depthwise": (
+        lambda: modules.DepthwiseConv2d(4, padding=(0, 1, 0, 1)),
+        ValueError,
+        "DepthwiseConv2d: uneven padding (0, 1, 0, 1) is not supported here; use F.pad and padding=0",
+    ),
+    "padding mode": (
+        lambda: modules.FusedDSConv(4, 4, padding_mode="mirror"),
+        ValueError,
+        "FusedDSConv: unknown padding_mode 'mirror'; accepted: zeros, reflect, replicate, circular",
+    ),
+    "word and mode": (
+        lambda: modules.SharedDepthwiseConv2d(8, padding="same", padding_mode="reflect"),
+        ValueError,
+        "SharedDepthwiseConv2d: padding='same' needs padding_mode='zeros', got 'reflect'",
+    ),
+    "activation": (
+        lambda: modules.FusedDSConv(4, 4, act="swish"),
+        ValueError,
+        "FusedDSConv: unknown activation 'swish' for act; accepted: none, relu, relu6, leaky_relu, silu, hardswish, "
+        "hardsigmoid, sigmoid, gelu, or a module",
+    ),
+    "activation kind": (
+        lambda: modules.FusedDSConv(4, 4, dw_act=3),
+        TypeError,
+        "FusedDSConv: dw_act must be an activation's name, a module, a module class or None, got 3",
+    ),
+    "norm instance": (
+        lambda: modules.FusedDSConv(4, 4, norm=nn.ReLU()),
+        TypeError,
+        "FusedDSConv: norm must be None or a factory that is called with the channel count, such as nn.BatchNorm2d, "
+        "got ReLU()",
+    ),
+    "norm factory": (
+        lambda: modules.FusedDSConv(4, 4, dw_norm=lambda channels: NotANorm()),
+        TypeError,
+        "FusedDSConv: dw_norm(4) returned NotANorm, not an nn.Module",
+    ),
+    "residual channels": (
+        lambda: modules.FusedDSConv(4, 6, residual=True),
+        ValueError,
+        "FusedDSConv: residual=True needs in_channels == out_channels, got 4 and 6",
+    ),
+    "residual stride": (
+        lambda: modules.FusedDSConv(4, 4, stride=2, residual=True),
+        ValueError,
+        "FusedDSConv: residual=True needs stride 1, got (2, 2)",
+    ),
+    "residual padding": (
+        lambda: modules.FusedDSConv(4, 4, padding=0, residual=True),
+        ValueError,
+        "FusedDSConv: residual=True needs a padding that keeps height and width; they change by (-2, -2)",
+    ),
+    "dw not depthwise": (
+        lambda: modules.FusedDSConv.from_modules(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 1)),
+        ValueError,
+        "FusedDSConv.from_modules: dw must be depthwise (groups == in_channels), got groups=1, in_channels=4, "
+        "out_channels=4",
+    ),
+    "dw kind": (
+        lambda: modules.FusedDSConv.from_modules(nn.Linear(4, 4), nn.Conv2d(4, 4, 1)),
+        TypeError,
+        "FusedDSConv.from_modules: dw must be an nn.Conv2d or a depthwise module of effops, got "
+        "Linear(in_features=4, out_features=4, bias=True)",
+    ),
+    "pw kind": (
+        lambda: modules.FusedDSConv.from_modules(nn.Conv2d(4, 4, 3, groups=4), None),
+        TypeError,
+        "FusedDSConv.from_modules: pw must be an nn.Conv2d, got None",
+    ),
+    "pw 3x3": (
+        lambda: modules.FusedDSConv.from_modules(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 3)),
+        ValueError,
+        "FusedDSConv.from_modules: pw must have kernel 1x1, stride 1, padding 0 and one group, got "
+        "Conv2d(4, 4, kernel_size=(3, 3), stride=(1, 1))",
+    ),
+    "channels between": (
+        lambda: modules.FusedDSConv.from_modules(nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(4, 4, 1)),
+        ValueError,
+        "FusedDSConv.from_modules: dw gives 8 channels, pw takes 4; they must be equal",
+    ),
+    "norm channels": (
+        lambda: modules.FusedDSConv.from_modules(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1), norm=BN(4)),
+        ValueError,
+        "FusedDSConv.from_modules: norm has 4 features, its input 6 channels",
+    ),
+    "norm kind": (
+        lambda: modules.FusedDSConv.from_modules(nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 6, 1), dw_norm="bn"),
+        TypeError,
+        "FusedDSConv.from_modules: dw_norm must be a module or None, got 'bn'",
+    ),
+    "share": (
+        lambda: modules.SharedDepthwiseConv2d(10, 4),
+        ValueError,
+        "SharedDepthwiseConv2d: channels must be divisible by share=4, got 10",
+    ),
+    "bank name": (
+        lambda: modules.FixedFilterConv2d(4, "sobel"),
+        ValueError,
+        "FixedFilterConv2d: unknown bank 'sobel'; accepted: 'vgnet8', 'vgnet4', 'vgnet_blur', 'vgnet_blur_alternate', "
+        "'binomial3', 'binomial5', or a tensor [K,R,S]",
+    ),
+    "bank kind": (
+        lambda: modules.FixedFilterConv2d(4, [[1.0]]),
+        TypeError,
+        "FixedFilterConv2d: bank must be a name or a floating-point tensor [K, kh, kw], got list",
+    ),
+    "bank dtype": (
+        lambda: modules.FixedFilterConv2d(4, torch.ones(1, 3, 3, dtype=torch.int32)),
+        TypeError,
+        "FixedFilterConv2d: bank must be a name or a floating-point tensor [K, kh, kw], got torch.int32",
+    ),
+    "bank shape": (
+        lambda: modules.FixedFilterConv2d(4, torch.ones(3, 3)),
+        ValueError,
+        "FixedFilterConv2d: bank must have shape [K, kh, kw] with no zero size, got [3, 3]",
+    ),
+    "filter": (
+        lambda: modules.BlurPool2d(4, filter="box"),
+        ValueError,
+        "BlurPool2d: unknown filter 'box'; accepted: binomial, gaussian",
+    ),
+    "sigma": (
+        lambda: modules.BlurPool2d(4, filter="gaussian", sigma=0),
+        ValueError,
+        "BlurPool2d: sigma must be above 0, got 0",
+    ),
+    "odd channels": (
+        lambda: modules.HalfIdentityBlock(5),
+        ValueError,
+        "HalfIdentityBlock: channels must be even, got 5",
+    ),
+    "odd output": (
+        lambda: modules.DownsamplingBlock(4, 5),
+        ValueError,
+        "DownsamplingBlock: out_channels must be even, got 5",
+    ),
+    "not a pair": (
+        lambda: modules.HalfIdentityBlock(4)(torch.zeros(1, 4, 3, 3)),
+        TypeError,
+        "HalfIdentityBlock: the input must be a pair (left, right) of tensors, got Tensor",
+    ),
+    "not a pair either": (
+        lambda: modules.DownsamplingBlock(4, 4)([torch.zeros(1, 4, 3, 3)]),
+        TypeError,
+        "DownsamplingBlock: the input must be a pair (left, right) of tensors, got list",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_errors(name: str) -> None:
+    call, kind, message = ERRORS[name]
+    with pytest.raises(kind) as caught:
+        call()
+    assert type(caught.value) is kind
+    assert str(caught.value) == message
