@@ -21,25 +21,38 @@ def budget(stock: torch.Tensor, truth: torch.Tensor) -> float:
     return 2 * (own_error + torch.finfo(stock.dtype).eps * truth.abs().max().item())
 
 
-def check(out: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor, what: str = "result") -> dict[str, float]:
-    """Raise GateError unless `out` is right; return the figures that were compared."""
+def relative_norm(out: torch.Tensor, truth: torch.Tensor) -> float:
+    """Norm of the error over the norm of the truth."""
+    return ((out.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+
+
+def check(
+    out: torch.Tensor, stock: torch.Tensor, truth: torch.Tensor, what: str = "result", norm_bound: float | None = None
+) -> dict[str, float]:
+    """Raise GateError unless `out` is right; return the figures that were compared.
+
+    Args:
+        out: the result under test.
+        stock: torch's own result in the same dtype and memory format.
+        truth: the float64 result.
+        what: named in the message.
+        norm_bound: instead of NORM_BOUND's.
+    """
     if out.shape != truth.shape or out.dtype != stock.dtype:
         raise GateError(f"{what}: {out.dtype}{list(out.shape)} where {stock.dtype}{list(truth.shape)} was expected")
     if not torch.isfinite(out).all():
         raise GateError(f"{what}: not all values are finite")
-    difference = out.double() - truth
-    error, allowed = difference.abs().max().item(), budget(stock, truth)
-    norm = (difference.norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    error, allowed = (out.double() - truth).abs().max().item(), budget(stock, truth)
+    norm, bound = relative_norm(out, truth), NORM_BOUND[out.dtype] if norm_bound is None else norm_bound
     if error > allowed:
         raise GateError(f"{what}: largest error {error:.3e}, allowed {allowed:.3e}")
-    if norm > NORM_BOUND[out.dtype]:
-        raise GateError(f"{what}: relative error norm {norm:.3e}, allowed {NORM_BOUND[out.dtype]:.0e}")
+    if norm > bound:
+        raise GateError(f"{what}: relative error norm {norm:.3e}, allowed {bound:.1e}")
     return {"error": error, "allowed": allowed, "norm": norm}
 
 
 def check_rival(out: torch.Tensor, truth: torch.Tensor, what: str) -> None:
     """A rival must do the same work, not meet our budget: only the relative norm is bounded, ten times wider."""
-    norm = ((out.double() - truth).norm() / truth.norm().clamp_min(torch.finfo(torch.float64).tiny)).item()
-    bound = 10 * NORM_BOUND[out.dtype]
+    norm, bound = relative_norm(out, truth), 10 * NORM_BOUND[out.dtype]
     if not norm <= bound:
         raise GateError(f"{what}: relative error norm {norm:.3e}, allowed {bound:.0e}")

@@ -63,6 +63,10 @@ def machine() -> dict:
     }
 
 
+def commit() -> str:
+    return _run("git", "rev-parse", "HEAD") or "unknown"
+
+
 def compiler() -> str:
     """The C++ compiler found first, which builds the probe, Inductor's code and (from source) effops."""
     return _run(os.environ.get("CXX", "g++"), "--version").split("\n")[0]
@@ -83,7 +87,7 @@ def versions() -> dict:
     changed = _run("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs/images")
     return {
         "effops": effops.__version__,
-        "commit": _run("git", "rev-parse", "HEAD") or "unknown",
+        "commit": commit(),
         "dirty": bool(changed),
         "kernels": build,
         "torch": torch.__version__,

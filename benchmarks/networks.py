@@ -48,13 +48,14 @@ class ModelProblem:
         x = self._x.contiguous(memory_format=FORMATS[variant])
         return lambda: model(x)
 
-    def check(self, fn: Callable[[], torch.Tensor], own: bool) -> dict | None:
+    def check(self, fn: Callable[[], torch.Tensor], variant: str, own: bool) -> dict | None:
         """The logits against the stock model in float64."""
         truth = copy.deepcopy(self._stock).double()(self._ends.double())
         out = fn()
         out = out if len(out) == 1 else out[[0, -1]]
         if own:
-            return gate.check(out, self._stock(self._ends), truth, "logits")
+            stock, _ = self.stock(variant)
+            return gate.check(out, stock(self._ends.contiguous(memory_format=FORMATS[variant])), truth, "logits")
         gate.check_rival(out, truth, "logits")
         return None
 
@@ -149,21 +150,26 @@ class TrainingProblem:
             block = self._block(self.kind(peer), variant)
             yield variant, self._step(block if peer == "effops" else _in_place(block), variant)
 
-    def check(self, fn: Callable[[], tuple[torch.Tensor, ...]], own: bool) -> dict | None:
-        """The output and every gradient; the worst share of the budget is returned."""
+    def check(self, fn: Callable[[], tuple[torch.Tensor, ...]], variant: str, own: bool) -> dict | None:
+        """The output and every gradient; the worst share of the budget is returned.
+
+        The trailing BatchNorm is torch's on both sides, and in channels_last its training statistics are off by up to
+        4e-5 (plain float32 sums), above the norm bound: where torch's own norm is worse than half the bound, twice
+        torch's counts.
+        """
         if self._truth is None:
             self._truth = self._truth64()
         names = ("new", "left", "right", *self._state)
         outs = fn()
         if not own:
             for name, out, truth in zip(names, outs, self._truth, strict=True):
-                gate.check_rival(out, truth, name)
+                gate.check_rival(out, truth, name)  # ten times the norm bound: its channels_last BatchNorm passes
             return None
-        stock = self._step(self._block(self.kind("eager"), "nchw"), "nchw")()
-        results = [
-            gate.check(out, yardstick, truth, name)
-            for name, out, yardstick, truth in zip(names, outs, stock, self._truth, strict=True)
-        ]
+        stock = self._step(self._block(self.kind("eager"), variant), variant)()
+        results = []
+        for name, out, yardstick, truth in zip(names, outs, stock, self._truth, strict=True):
+            bound = max(gate.NORM_BOUND[out.dtype], 2 * gate.relative_norm(yardstick, truth))
+            results.append(gate.check(out, yardstick, truth, name, bound))
         return max(results, key=lambda result: result["error"] / result["allowed"])
 
     def saved_bytes(self, peer: str, variant: str) -> int:

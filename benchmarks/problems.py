@@ -89,10 +89,9 @@ class _Problem:
     def truth(self) -> torch.Tensor:
         return self._truth()
 
-    @cached_property
-    def eager_result(self) -> torch.Tensor:
-        """Torch's own result in this dtype, which sets the error budget."""
-        module, inputs = self.stock("nchw")
+    def eager_result(self, variant: str) -> torch.Tensor:
+        """Torch's own result in this dtype and memory format, which sets the error budget."""
+        module, inputs = self.stock(variant)
         with torch.no_grad():
             return module(*inputs)
 

@@ -160,6 +160,7 @@ def _case_jobs(cases, kind: str, peers: tuple[str, ...], args: argparse.Namespac
                 "macs": measured.pw_macs(batch) if kind == "pointwise" else measured.macs(batch),
                 "traffic": measured.traffic(batch, dtype),
                 "count": case.count,
+                "out_size": case.out_size,
             }
             jobs.append(Job({"kind": kind, "case": case.name, "batch": batch, "dtype": dtype}, peers, facts))
     return jobs

@@ -36,12 +36,12 @@ def build(request: dict):
 
 def _gate(peer: str, problem, variant: str, fn) -> dict | None:
     if hasattr(problem, "check"):  # networks and training compare more than one tensor
-        return problem.check(fn, own=peer == "effops")
+        return problem.check(fn, variant, own=peer == "effops")
     out = fn()
     if peer != "effops":
         gate.check_rival(out, problem.truth, f"{peer}/{variant}")
         return None
-    return gate.check(out, problem.eager_result, problem.truth, f"{peer}/{variant}")
+    return gate.check(out, problem.eager_result(variant), problem.truth, f"{peer}/{variant}")
 
 
 def answer(peer: str, module, request: dict, effort: timing.Effort) -> dict:
