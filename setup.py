@@ -148,6 +148,7 @@ def ninja_file(compiler: list[str], torch: Path, sources: list[str], sanitize: l
         ldflags.append(LINK_CHECK)  # the sanitizers' own symbols come from a preloaded runtime
     lines = [
         "ninja_required_version = 1.5",
+        f"builddir = {build_folder(sanitize)}",
         "rule compile",
         f"  command = {command(*compiler, *cflags)} -MD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",

@@ -269,3 +269,8 @@ def test_every_environment_variable_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
     (table,) = re.findall(r"## Environment variables\n(.*?)\n## ", readme, re.DOTALL)
     assert read <= set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
+
+
+def test_the_readme_example_runs() -> None:
+    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    exec(compile(example, "README.md", "exec"), {})
