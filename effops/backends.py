@@ -35,7 +35,7 @@ class Call(NamedTuple):
         weight: the depthwise weight [B,1,R,S].
         pw_weight: the pointwise weight [K,C',1,1], or None.
         geometry: the int[] of the operator (effops/schemas.inc).
-        size: (P, Q) of the output.
+        shape: the last convolution's output shape [N,K,P,Q].
     """
 
     op: str
@@ -44,7 +44,7 @@ class Call(NamedTuple):
     weight: Tensor
     pw_weight: Tensor | None
     geometry: list[int]
-    size: tuple[int, int]
+    shape: tuple[int, ...]
 
 
 class Backend:
@@ -238,11 +238,11 @@ class Explanation:
 def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
     g, (_, _, r, s) = call.geometry, call.weight.shape
     kernel = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
-    channels = call.input.shape[1] * g[8]
-    if call.pw_weight is not None:
+    n, channels, p, q = call.shape
+    if call.op == "dsconv":
         kernel += " + 1x1"
-        channels = g[14] + call.pw_weight.shape[0]
-    output = f"[{channels}] x2" if call.op == "dwconv_stats" else str([call.input.shape[0], channels, *call.size])
+        channels += g[14]
+    output = f"2 x [{channels}]" if call.op == "dwconv_stats" else f"[{n},{channels},{p},{q}]"
     why_not = {}
     for backend in BACKENDS:
         if backend is not taken:
@@ -250,7 +250,7 @@ def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
             after = BACKENDS.index(backend) > BACKENDS.index(taken)
             fallback = "comes later in the list" if after else "the cost rule prefers another, or another was asked for"
             why_not[backend.name] = "; ".join(reasons) or fallback
-    return ExplainedCall(module, call.name, _describe(call), kernel, output.replace(" ", "", 3), taken.name, why_not)
+    return ExplainedCall(module, call.name, _describe(call), kernel, output, taken.name, why_not)
 
 
 def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanation:

@@ -21,15 +21,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from effops import _checks as check
 from effops import backends
+from effops._checks import BANK, Ints, Padding
 from effops.ops import dsconv as _dsconv
 from effops.ops import dwconv as _dwconv
-from effops.ops import geometry as G
 from effops.ops.dsconv.reference import dsconv as _dsconv_reference
-from effops.ops.dwconv import banks
 from effops.ops.dwconv.reference import dwconv as _dwconv_reference
 from effops.ops.dwconv.reference import dwconv_stats as _dwconv_stats_reference
-from effops.ops.epilogue import ACTIVATION_CODES, ACTIVATIONS, Epilogue
+from effops.ops.epilogue import Epilogue
+from effops.ops.geometry import is_channels_last
 
 __all__ = [
     "depthwise_conv2d",
@@ -41,220 +42,8 @@ __all__ = [
     "shared_depthwise_conv2d",
 ]
 
-Ints = int | tuple[int, int]
-Padding = int | tuple[int, int] | tuple[int, int, int, int] | str
 
-_FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
-_PAIR = "an int or a pair (height, width) of ints"
-_PADDING = "an int, a pair (height, width), four ints (left, right, top, bottom), 'same' or 'valid'"
-_MAX_NUMEL = 2**63 - 1
-
-
-# ---- checks ---------------------------------------------------------------------------------------------------------
-# The functions test everything by few cheap conditions; where one fails, a function below finds the words.
-
-
-def _shape(t: Tensor) -> str:
-    return f"{str(t.dtype).removeprefix('torch.')}[{','.join(map(str, t.shape))}]"
-
-
-def _require_image(op: str, name: str, x: object, what: str = "[N,C,H,W]") -> None:
-    """x is a 4-D strided tensor of a real floating dtype with no empty dimension but the batch."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor {what}; got {type(x).__name__}")
-    if x.layout is not torch.strided:
-        raise TypeError(f"{op}: {name} must be a dense (strided) tensor; got layout {x.layout}")
-    if x.dtype not in _FLOATS:
-        raise TypeError(f"{op}: {name} has dtype {x.dtype}; accepted: float32, float64, float16, bfloat16")
-    if x.dim() != 4:
-        raise ValueError(f"{op}: {name} must have 4 dimensions {what}; got {_shape(x)}")
-    if 0 in x.shape[1:]:
-        raise ValueError(f"{op}: {name} must have positive sizes (only the batch may be 0); got {_shape(x)}")
-
-
-def _require_like(op: str, name: str, t: Tensor, input: Tensor) -> None:
-    if t.dtype != input.dtype:
-        raise TypeError(f"{op}: {name} has dtype {t.dtype} but input has {input.dtype}; accepted: the input's dtype")
-    if t.device != input.device:
-        raise ValueError(f"{op}: {name} is on {t.device} but input is on {input.device}; accepted: one device for all")
-
-
-def _require_weight(op: str, name: str, weight: object, input: Tensor) -> None:
-    _require_image(op, name, weight, "[K,1,R,S]")
-    if 0 in weight.shape:
-        raise ValueError(f"{op}: {name} must have positive sizes; got {_shape(weight)}")
-    _require_like(op, name, weight, input)
-    if weight.shape[1] != 1:
-        raise ValueError(f"{op}: {name} must be [K,1,R,S], one input channel a kernel; got {_shape(weight)}")
-
-
-def _vector(op: str, name: str, t: Tensor, channels: int, input: Tensor) -> None:
-    """t is a per-channel vector [channels] of the input's dtype or float32."""
-    if (
-        isinstance(t, Tensor)
-        and t.shape == (channels,)
-        and (t.dtype is input.dtype or t.dtype is torch.float32)
-        and t.device == input.device
-    ):
-        return
-    if not isinstance(t, Tensor):
-        raise TypeError(
-            f"{op}: {name} must be a tensor [{channels}], one value an output channel; got {type(t).__name__}"
-        )
-    if t.dtype not in (input.dtype, torch.float32):
-        raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: the input's {input.dtype}, or torch.float32")
-    if t.device != input.device:
-        raise ValueError(f"{op}: {name} is on {t.device} but input is on {input.device}; accepted: one device for all")
-    raise ValueError(f"{op}: {name} must be [{channels}], one value an output channel; got {_shape(t)}")
-
-
-def _image(op: str, name: str, t: Tensor, shape: tuple[int, ...], input: Tensor) -> None:
-    """t has exactly that shape, and the input's dtype and device."""
-    if isinstance(t, Tensor) and t.shape == shape and t.dtype is input.dtype and t.device == input.device:
-        return
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor {list(shape)}; got {type(t).__name__}")
-    _require_like(op, name, t, input)
-    raise ValueError(f"{op}: {name} must be {list(shape)}; got {list(t.shape)}")
-
-
-def _activation(op: str, name: str, value: str) -> int:
-    """The code of an activation."""
-    if type(value) is not str:
-        raise TypeError(f"{op}: {name} must be a string; got {value!r} ({type(value).__name__})")
-    code = ACTIVATION_CODES.get(value)
-    if code is None:
-        raise ValueError(f"{op}: unknown {name} {value!r}; accepted: {', '.join(ACTIVATIONS)}")
-    return code
-
-
-def _slope(op: str, name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{op}: {name} must be a number; got {value!r} ({type(value).__name__})")
-    if value != value or value in (float("inf"), float("-inf")):
-        raise ValueError(f"{op}: {name} must be finite; got {value!r}")
-    return float(value)
-
-
-def _window(op: str, input: Tensor, weight: Tensor, stride: Ints, padding: Padding, dilation: Ints) -> G.Geometry:
-    """The normalised window, checked to fit into the padded input."""
-    try:
-        if type(stride) is not int:
-            stride = G.as_ints("stride", stride, (2,), _PAIR)
-        if type(padding) is not int and type(padding) is not str:
-            padding = G.as_ints("padding", padding, (2, 4), _PADDING)
-        if type(dilation) is not int:
-            dilation = G.as_ints("dilation", dilation, (2,), _PAIR)
-        _, _, r, s = weight.shape
-        compiling = torch.compiler.is_compiling()
-        window = (G.window if compiling else G.cached_window)(r, s, stride, padding, dilation)
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{op}: {error}") from None
-    _, _, h, w = input.shape
-    if h + window.spare_h < 0 or w + window.spare_w < 0:
-        _, _, top, bottom, left, right, dh, dw = window.ints
-        raise ValueError(
-            f"{op}: the window is larger than the padded input: {dh * (r - 1) + 1}x{dw * (s - 1) + 1} "
-            f"(kernel {r}x{s}, dilation {dh}x{dw}) against {h + top + bottom}x{w + left + right} "
-            f"(input {h}x{w}, padding left {left}, right {right}, top {top}, bottom {bottom}); "
-            "accepted: a window no larger than the padded input"
-        )
-    return window
-
-
-def _count(op: str, shape: tuple[int, ...]) -> None:
-    """The output's size and strides fit into int64."""
-    n, k, p, q = shape
-    if (n or 1) * k * p * q > _MAX_NUMEL:
-        raise ValueError(f"{op}: the output {list(shape)} would have more than 2**63 - 1 elements; accepted: fewer")
-
-
-def _autocast(input: Tensor, *tensors: Tensor | None) -> list[Tensor | None]:
-    """Casts as autocast does for F.conv2d: floating tensors other than float64, to the device's autocast dtype."""
-    dtype = torch.get_autocast_dtype(input.device.type)
-    return [_cast(t, dtype) for t in (input, *tensors)]
-
-
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if not isinstance(t, Tensor) or t.dtype is dtype or t.dtype not in _FLOATS or t.dtype is torch.float64:
-        return t
-    return t.to(dtype)
-
-
-def _cast_affine(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """As `_cast`, but a float32 scale or shift stays: the kernels take it as it is."""
-    return t if isinstance(t, Tensor) and t.dtype is torch.float32 else _cast(t, dtype)
-
-
-_BANK = 0  # `share` of a fixed bank: any number of kernels
-
-
-def _weight(
-    op: str, name: str, weight: Tensor | str, input: Tensor, share: int, multiplier: int = 1
-) -> tuple[Tensor, int]:
-    """The depthwise weight as [B,1,R,S], and the channel multiplier.
-
-    4-D: learned, shared by `share` chunks of channels, or a bank where share is `_BANK`. 3-D or a name: a bank. A bank
-    has any length, so it does not tell the multiplier: it is the one given.
-    """
-    if isinstance(weight, Tensor):
-        if weight.dim() == 3:
-            weight, share = weight.unsqueeze(1), _BANK
-    elif isinstance(weight, str):
-        try:
-            weight, share = banks.bank(weight, dtype=input.dtype, device=input.device), _BANK
-        except ValueError as error:
-            raise ValueError(f"{op}: {error}") from None
-    else:
-        raise TypeError(
-            f"{op}: {name} must be a tensor [K,1,R,S], a bank [K,R,S] or a bank's name; got {type(weight).__name__}"
-        )
-    shape = weight.shape
-    if not (
-        len(shape) == 4
-        and shape[1] == 1
-        and 0 not in shape
-        and weight.dtype is input.dtype
-        and weight.layout is torch.strided
-        and weight.device == input.device
-    ):
-        _require_weight(op, name, weight, input)
-    if share == _BANK:
-        return weight, multiplier
-    channels, kernels = input.shape[1], shape[0] * share
-    if kernels % channels:
-        raise ValueError(_channel_mismatch(op, name, shape[0], share, channels))
-    return weight, kernels // channels
-
-
-def _channel_mismatch(op: str, name: str, kernels: int, share: int, channels: int) -> str:
-    got = f"{op}: {name} has {kernels} kernels" + (f" shared by {share} chunks of channels" if share != 1 else "")
-    hint = f"; for one kernel in {channels // kernels} channels see share" if channels % kernels == 0 else ""
-    return f"{got} but input has {channels} channels; accepted: a multiple of the channels{hint}"
-
-
-def _positive(op: str, name: str, value: int) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{op}: {name} must be an int; got {value!r} ({type(value).__name__})")
-    if value < 1:
-        raise ValueError(f"{op}: {name} must be at least 1; got {value!r}")
-    return value
-
-
-def _input(op: str, input: Tensor) -> None:
-    """input is [N,C,H,W]; the cheap test first."""
-    if (
-        isinstance(input, Tensor)
-        and input.dtype in _FLOATS
-        and input.layout is torch.strided
-        and input.dim() == 4
-        and 0 not in input.shape[1:]
-    ):
-        return
-    _require_image(op, "input", input)
-
-
-def _needs_grad(*tensors: Tensor | None) -> bool:
+def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
     for t in tensors:  # noqa: SIM110  any() over a generator takes three times as long
         if t is not None and t.requires_grad:
             return True
@@ -262,7 +51,7 @@ def _needs_grad(*tensors: Tensor | None) -> bool:
 
 
 def _distinct(tensors: tuple) -> tuple:
-    """The tensors, where compiling with an alias for one that comes twice (a block's input as its residual).
+    """The tensors; when compiling with an alias for one that comes twice (a block's input as its residual).
 
     Dynamo does not trace an autograd.Function that is given one tensor in two places.
     """
@@ -283,36 +72,34 @@ def _depthwise(
     activation, negative_slope, scale, shift, residual, post_activation, backend,
 ):  # fmt: skip
     """The body of the three depthwise functions: check, choose, call."""
-    _input(op, input)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias, residual = _autocast(input, weight, bias, residual)
-        scale, shift = _cast_affine(scale, input.dtype), _cast_affine(shift, input.dtype)
-    weight, multiplier = _weight(op, "weight", weight, input, share, multiplier)
-    window = _window(op, input, weight, stride, padding, dilation)
-    n, c, h, w = input.shape
-    k = c * multiplier
-    p, q = window.output_size(h, w)
-    if not torch.compiler.is_compiling():
-        _count(op, (n, k, p, q))
+    if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
+        input, weight, bias, residual = [check.cast(t, dtype) for t in (input, weight, bias, residual)]
+        scale, shift = check.cast_affine(scale, dtype), check.cast_affine(shift, dtype)
+    check.check_input(op, input)
+    weight, share = check.as_weight(op, "weight", weight, input, share)
+    stride, padding, dilation = check.as_window(op, stride, padding, dilation)
+    check.check_activation(op, "activation", activation)
+    check.check_activation(op, "post_activation", post_activation)
+    geometry, shape = check.plan_depthwise(
+        op, "weight", input.shape, weight.shape, share, multiplier, stride, padding, dilation,
+        is_channels_last(input), activation, post_activation,
+    )  # fmt: skip
     if bias is not None:
-        _vector(op, "bias", bias, k, input)
+        check.check_vector(op, "bias", bias, shape[1], input)
     if scale is not None:
-        _vector(op, "scale", scale, k, input)
+        check.check_vector(op, "scale", scale, shape[1], input)
     if shift is not None:
-        _vector(op, "shift", shift, k, input)
+        check.check_vector(op, "shift", shift, shape[1], input)
     if residual is not None:
-        _image(op, "residual", residual, (n, k, p, q), input)
-    act = _activation(op, "activation", activation)
-    post = _activation(op, "post_activation", post_activation)
-    slope = _slope(op, "negative_slope", negative_slope)
-    geometry = [*window.ints, multiplier, int(G.is_channels_last(input)), act, post]
+        check.check_residual(op, "residual", residual, shape, input)
+    slope = check.check_slope(op, "negative_slope", negative_slope)
 
-    taken = backends.choose(backends.Call("dwconv", op, input, weight, None, geometry, (p, q)), backend)
+    taken = backends.choose(backends.Call("dwconv", op, input, weight, None, geometry, shape), backend)
     if taken == "reference":
-        epilogue = Epilogue(bias, scale, shift, residual, act, post, slope)
+        epilogue = Epilogue(bias, scale, shift, residual, geometry[10], geometry[11], slope)
         return _dwconv_reference(input, weight, geometry, epilogue)
     tensors = (input, weight, bias, scale, shift, residual)
-    if torch.is_grad_enabled() and _needs_grad(*tensors):
+    if torch.is_grad_enabled() and _needs_grad(tensors):
         return _dwconv.DepthwiseConv2dFunction.apply(*_distinct(tensors), geometry, slope, taken)
     return _dwconv.KERNELS[taken].forward(*tensors, geometry, slope)
 
@@ -405,16 +192,14 @@ def shared_depthwise_conv2d(
     VGNet's last depthwise convolution (arXiv 2207.10318), with C / B = 8.
     """
     op = "shared_depthwise_conv2d"
-    share = 1
-    if isinstance(input, Tensor) and isinstance(weight, Tensor) and input.dim() == 4 and weight.dim() == 4:
-        c, b = input.shape[1], weight.shape[0]
-        if b == 0 or c % b:
-            raise ValueError(
-                f"{op}: weight has {b} kernels but input has {c} channels; accepted: a divisor of the channels"
-            )
-        share = c // b
-    elif isinstance(weight, Tensor) and weight.dim() == 3:
-        raise ValueError(f"{op}: weight must have 4 dimensions [B,1,R,S]; got {_shape(weight)}")
+    check.check_input(op, input)
+    check.require_image(op, "weight", weight, "[B,1,R,S]")
+    channels, kernels = input.shape[1], weight.shape[0]
+    if kernels == 0 or channels % kernels:
+        raise ValueError(
+            f"{op}: weight has {kernels} kernels but input has {channels} channels; accepted: a divisor of the channels"
+        )
+    share = channels // kernels
     return _depthwise(
         op, input, weight, bias, stride, padding, dilation, share, 1,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
@@ -458,9 +243,9 @@ def fixed_filter_conv2d(
 
     VGNet's fixed edge and Gaussian kernels (arXiv 2207.10318, Appendix D); blur before subsampling (arXiv 1904.11486).
     """
-    _positive("fixed_filter_conv2d", "multiplier", multiplier)
+    multiplier = check.check_int("fixed_filter_conv2d", "multiplier", multiplier, 1)
     return _depthwise(
-        "fixed_filter_conv2d", input, bank, bias, stride, padding, dilation, _BANK, multiplier,
+        "fixed_filter_conv2d", input, bank, bias, stride, padding, dilation, BANK, multiplier,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip
 
@@ -495,26 +280,25 @@ def depthwise_stats2d(
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`.
     """
     op = "depthwise_stats2d"
-    _input(op, input)
-    if torch.is_autocast_enabled(input.device.type):
-        input, weight, bias = _autocast(input, weight, bias)
-    weight, multiplier = _weight(op, "weight", weight, input, _positive(op, "share", share))
-    window = _window(op, input, weight, stride, padding, dilation)
-    n, c, h, w = input.shape
-    k = c * multiplier
-    p, q = window.output_size(h, w)
-    if not torch.compiler.is_compiling():
-        _count(op, (n, k, p, q))
+    if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
+        input, weight, bias = [check.cast(t, dtype) for t in (input, weight, bias)]
+    check.check_input(op, input)
+    weight, share = check.as_weight(op, "weight", weight, input, check.check_int(op, "share", share, 1))
+    stride, padding, dilation = check.as_window(op, stride, padding, dilation)
+    geometry, shape = check.plan_depthwise(
+        op, "weight", input.shape, weight.shape, share, 1, stride, padding, dilation,
+        is_channels_last(input), "none", "none",
+    )  # fmt: skip
     if bias is not None:
-        _vector(op, "bias", bias, k, input)
-    geometry = [*window.ints, multiplier, int(G.is_channels_last(input)), 0, 0]
+        check.check_vector(op, "bias", bias, shape[1], input)
 
-    taken = backends.choose(backends.Call("dwconv_stats", op, input, weight, None, geometry, (p, q)), backend)
+    taken = backends.choose(backends.Call("dwconv_stats", op, input, weight, None, geometry, shape), backend)
     if taken == "reference":
         return _dwconv_stats_reference(input, weight, bias, geometry)
-    if torch.is_grad_enabled() and _needs_grad(input, weight, bias):
-        return _dwconv.DepthwiseStatsFunction.apply(input, weight, bias, geometry, taken)
-    return _dwconv.STATS_KERNELS[taken].forward(input, weight, bias, geometry)
+    tensors = (input, weight, bias)
+    if torch.is_grad_enabled() and _needs_grad(tensors):
+        return _dwconv.DepthwiseStatsFunction.apply(*tensors, geometry, taken)
+    return _dwconv.STATS_KERNELS[taken].forward(*tensors, geometry)
 
 
 # ---- depthwise separable --------------------------------------------------------------------------------------------
@@ -526,114 +310,67 @@ def _separable(
     activation, negative_slope, scale, shift, residual, post_activation, backend,
 ):  # fmt: skip
     """The body of the depthwise separable functions: check, choose, call."""
-    _input(op, input)
-    if torch.is_autocast_enabled(input.device.type):
-        input, passthrough, dw_weight, dw_bias, dw_residual, pw_weight, pw_bias, residual = _autocast(
-            input, passthrough, dw_weight, dw_bias, dw_residual, pw_weight, pw_bias, residual
-        )
-        dw_scale, dw_shift = _cast_affine(dw_scale, input.dtype), _cast_affine(dw_shift, input.dtype)
-        scale, shift = _cast_affine(scale, input.dtype), _cast_affine(shift, input.dtype)
-    bank_multiplier = 1
-    if type(dw_weight) is str or (isinstance(dw_weight, Tensor) and dw_weight.dim() == 3):
-        bank_multiplier = _bank_multiplier(input, passthrough, pw_weight)
-    share = _positive(op, "dw_share", dw_share)
-    dw_weight, multiplier = _weight(op, "dw_weight", dw_weight, input, share, bank_multiplier)
-    window = _window(op, input, dw_weight, stride, padding, dilation)
-    n, c, h, w = input.shape
-    d = c * multiplier
-    p, q = window.output_size(h, w)
-    k = _pointwise(op, pw_weight, passthrough, d, (n, p, q), input)
-    keep = _keep(op, keep, d)
-    if not torch.compiler.is_compiling():
-        _count(op, (n, max(keep + k, d), p, q))
+    if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
+        images = (input, passthrough, dw_residual, residual)
+        input, passthrough, dw_residual, residual = [check.cast(t, dtype) for t in images]
+        weights = (dw_weight, dw_bias, pw_weight, pw_bias)
+        dw_weight, dw_bias, pw_weight, pw_bias = [check.cast(t, dtype) for t in weights]
+        dw_scale, dw_shift = check.cast_affine(dw_scale, dtype), check.cast_affine(dw_shift, dtype)
+        scale, shift = check.cast_affine(scale, dtype), check.cast_affine(shift, dtype)
+    check.check_input(op, input)
+    dw_share = check.check_int(op, "dw_share", dw_share, 1)
+    dw_weight, dw_share = check.as_weight(op, "dw_weight", dw_weight, input, dw_share)
+    check.check_like(op, "pw_weight", pw_weight, input, "[K,C,1,1]")
+    if passthrough is not None:
+        check.check_like(op, "passthrough", passthrough, input, "[N,C,P,Q]")
+    stride, padding, dilation = check.as_window(op, stride, padding, dilation)
+    keep = check.check_int(op, "keep", keep, 0)
+    check.check_activation(op, "dw_activation", dw_activation)
+    check.check_activation(op, "dw_post_activation", dw_post_activation)
+    check.check_activation(op, "activation", activation)
+    check.check_activation(op, "post_activation", post_activation)
+    geometry, dw_shape, pw_shape = check.plan_separable(
+        op, input.shape, None if passthrough is None else passthrough.shape, dw_weight.shape, pw_weight.shape,
+        dw_share, keep, stride, padding, dilation, is_channels_last(input),
+        dw_activation, dw_post_activation, activation, post_activation,
+    )  # fmt: skip
     if dw_bias is not None:
-        _vector(op, "dw_bias", dw_bias, d, input)
+        check.check_vector(op, "dw_bias", dw_bias, dw_shape[1], input)
     if dw_scale is not None:
-        _vector(op, "dw_scale", dw_scale, d, input)
+        check.check_vector(op, "dw_scale", dw_scale, dw_shape[1], input)
     if dw_shift is not None:
-        _vector(op, "dw_shift", dw_shift, d, input)
+        check.check_vector(op, "dw_shift", dw_shift, dw_shape[1], input)
     if dw_residual is not None:
-        _image(op, "dw_residual", dw_residual, (n, d, p, q), input)
+        check.check_residual(op, "dw_residual", dw_residual, dw_shape, input)
     if pw_bias is not None:
-        _vector(op, "pw_bias", pw_bias, k, input)
+        check.check_vector(op, "pw_bias", pw_bias, pw_shape[1], input)
     if scale is not None:
-        _vector(op, "scale", scale, k, input)
+        check.check_vector(op, "scale", scale, pw_shape[1], input)
     if shift is not None:
-        _vector(op, "shift", shift, k, input)
+        check.check_vector(op, "shift", shift, pw_shape[1], input)
     if residual is not None:
-        _image(op, "residual", residual, (n, k, p, q), input)
-    dw_act = _activation(op, "dw_activation", dw_activation)
-    dw_post = _activation(op, "dw_post_activation", dw_post_activation)
-    act = _activation(op, "activation", activation)
-    post = _activation(op, "post_activation", post_activation)
-    slopes = [_slope(op, "dw_negative_slope", dw_negative_slope), _slope(op, "negative_slope", negative_slope)]
-    geometry = [*window.ints, multiplier, int(G.is_channels_last(input)), dw_act, dw_post, act, post, keep]
+        check.check_residual(op, "residual", residual, pw_shape, input)
+    dw_slope = check.check_slope(op, "dw_negative_slope", dw_negative_slope)
+    slope = check.check_slope(op, "negative_slope", negative_slope)
 
-    taken = backends.choose(backends.Call("dsconv", op, input, dw_weight, pw_weight, geometry, (p, q)), backend)
+    taken = backends.choose(backends.Call("dsconv", op, input, dw_weight, pw_weight, geometry, pw_shape), backend)
     if taken == "reference":
         return _dsconv_reference(
             input,
             passthrough,
             dw_weight,
-            Epilogue(dw_bias, dw_scale, dw_shift, dw_residual, dw_act, dw_post, slopes[0]),
+            Epilogue(dw_bias, dw_scale, dw_shift, dw_residual, geometry[10], geometry[11], dw_slope),
             pw_weight,
-            Epilogue(pw_bias, scale, shift, residual, act, post, slopes[1]),
+            Epilogue(pw_bias, scale, shift, residual, geometry[12], geometry[13], slope),
             geometry,
         )
     tensors = (
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, pw_bias, scale, shift, residual,
     )  # fmt: skip
-    if torch.is_grad_enabled() and _needs_grad(*tensors):
-        return _dsconv.DSConv2dFunction.apply(*_distinct(tensors), geometry, slopes, taken)
-    return _dsconv.KERNELS[taken].forward(*tensors, geometry, slopes)
-
-
-def _bank_multiplier(input: Tensor, passthrough: Tensor | None, pw_weight: Tensor) -> int:
-    """Depthwise channels an input channel gives, where dw_weight, a bank, does not tell; `_pointwise` checks it."""
-    if not isinstance(pw_weight, Tensor) or pw_weight.dim() != 4:
-        return 1
-    through = passthrough.shape[1] if isinstance(passthrough, Tensor) and passthrough.dim() == 4 else 0
-    return max(1, (pw_weight.shape[1] - through) // input.shape[1])
-
-
-def _pointwise(
-    op: str, weight: Tensor, passthrough: Tensor | None, channels: int, size: tuple[int, int, int], input: Tensor
-) -> int:
-    """Checks the pointwise weight and the passthrough; returns K. `channels` come from the depthwise convolution."""
-    n, p, q = size
-    through = 0
-    if passthrough is not None:
-        _require_image(op, "passthrough", passthrough)
-        through = passthrough.shape[1]
-        _image(op, "passthrough", passthrough, (n, through, p, q), input)
-    if not (
-        isinstance(weight, Tensor)
-        and weight.dim() == 4
-        and weight.dtype is input.dtype
-        and weight.layout is torch.strided
-        and weight.device == input.device
-    ):
-        _require_image(op, "pw_weight", weight, "[K,C,1,1]")
-        _require_like(op, "pw_weight", weight, input)
-    k, c, r, s = weight.shape
-    if r != 1 or s != 1 or k == 0:
-        raise ValueError(f"{op}: pw_weight must be [K,C,1,1] with K > 0; got {_shape(weight)}")
-    if c != channels + through:
-        parts = f"{channels} channels" + (f" beside {through} of passthrough" if through else "")
-        raise ValueError(
-            f"{op}: pw_weight takes {c} channels but the depthwise convolution gives {parts}; "
-            f"accepted: [K,{channels + through},1,1]"
-        )
-    return k
-
-
-def _keep(op: str, value: int, channels: int) -> int:
-    if type(value) is not int:
-        raise TypeError(f"{op}: keep must be an int; got {value!r} ({type(value).__name__})")
-    if not 0 <= value <= channels:
-        raise ValueError(f"{op}: keep must be from 0 to the depthwise convolution's {channels} channels; got {value!r}")
-    return value
+    if torch.is_grad_enabled() and _needs_grad(tensors):
+        return _dsconv.DSConv2dFunction.apply(*_distinct(tensors), geometry, [dw_slope, slope], taken)
+    return _dsconv.KERNELS[taken].forward(*tensors, geometry, [dw_slope, slope])
 
 
 def ds_conv2d(
@@ -750,11 +487,8 @@ def half_identity2d(
 
     VGNet (arXiv 2207.10318), HalfIdentityBlock.
     """
-    op = "half_identity2d"
-    _require_image(op, "left", left)
-    _require_image(op, "right", right)
     new = _separable(
-        op, right, left, dw_weight, dw_bias, pw_weight, pw_bias, 1, padding, dilation, 1, 0,
+        "half_identity2d", right, left, dw_weight, dw_bias, pw_weight, pw_bias, 1, padding, dilation, 1, 0,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip

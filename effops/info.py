@@ -64,7 +64,7 @@ def _backends() -> dict[str, str]:
 
     x = torch.zeros(1, 8, 8, 8)
     call = backends.Call(
-        "dwconv", "info", x, x.new_zeros(8, 1, 3, 3), None, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], (8, 8)
+        "dwconv", "info", x, x.new_zeros(8, 1, 3, 3), None, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], (1, 8, 8, 8)
     )
     return {b.name: "; ".join(_safe(lambda b=b: b.why_not(call))) or "works" for b in backends.BACKENDS}
 

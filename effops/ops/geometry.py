@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -104,7 +103,7 @@ def window(
     padding: int | str | tuple[int, ...],
     dilation: int | tuple[int, ...],
 ) -> Geometry:
-    """Normalises stride, padding and dilation; all arguments are ints or tuples of ints already (`as_ints`).
+    """Normalises stride, padding and dilation, which are ints or tuples of ints already (`as_ints`).
 
     Raises:
         ValueError: non-positive stride or dilation, negative padding, a value over 2**31 - 1, an unknown padding word.
@@ -117,11 +116,6 @@ def window(
         top + bottom - dilation_pair[0] * (kernel_h - 1) - 1,
         left + right - dilation_pair[1] * (kernel_w - 1) - 1,
     )
-
-
-# These arguments are static in a network. The key must hold plain ints only: 1 == 1.0 == True would hit the same entry.
-# Dynamo warns of an lru_cache, so it takes `window`.
-cached_window = lru_cache(maxsize=4096)(window)
 
 
 def output_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry: list[int]) -> tuple[int, int]:

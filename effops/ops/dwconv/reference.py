@@ -43,9 +43,9 @@ def dwconv(input: Tensor, weight: Tensor, geometry: list[int], epilogue: Epilogu
 
 def dwconv_stats(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> tuple[Tensor, Tensor]:
     """Mean and population variance of conv + bias over N, P, Q, per output channel; float32 for half types."""
+    if input.dtype in (torch.float16, torch.bfloat16):
+        input, weight = input.float(), weight.float()
     u = convolve(input, weight, None, geometry)
-    if u.dtype in (torch.float16, torch.bfloat16):
-        u = u.float()
     if bias is not None:
         u = u + bias.view(-1, 1, 1)
     var, mean = torch.var_mean(u, dim=(0, 2, 3), correction=0)
