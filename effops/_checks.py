@@ -303,8 +303,9 @@ def separable_plan(
     )
     n, d, p, q = dw_shape
     if passthrough is not None and (through == 0 or passthrough != (n, through, p, q)):
+        name = "left" if op == "half_identity2d" else "passthrough"
         what = f"[N,C,P,Q] of the depthwise convolution's output size, [{n},C,{p},{q}] with C > 0"
-        raise ValueError(f"{op}: passthrough must be {what}; got {_shape(passthrough)}")
+        raise ValueError(f"{op}: {name} must be {what}; got {_shape(passthrough)}")
     if r != 1 or s != 1 or k == 0:
         raise ValueError(f"{op}: pw_weight must be [K,C,1,1] with K > 0; got {_shape(pw_weight)}")
     if pw_channels != through + d:

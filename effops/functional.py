@@ -487,8 +487,11 @@ def half_identity2d(
 
     VGNet (arXiv 2207.10318), HalfIdentityBlock.
     """
+    op = "half_identity2d"
+    check.require_image(op, "left", left, "[N,C,H,W]")
+    check.require_image(op, "right", right, "[N,C,H,W]")
     new = _separable(
-        "half_identity2d", right, left, dw_weight, dw_bias, pw_weight, pw_bias, 1, padding, dilation, 1, 0,
+        op, right, left, dw_weight, dw_bias, pw_weight, pw_bias, 1, padding, dilation, 1, 0,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
         activation, negative_slope, scale, shift, residual, post_activation, backend,
     )  # fmt: skip

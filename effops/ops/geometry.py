@@ -45,7 +45,10 @@ def as_ints(name: str, value: object, lengths: tuple[int, ...], words: str) -> i
     if isinstance(value, (tuple, list)):
         if len(value) not in lengths:
             raise ValueError(f"{name} has {len(value)} elements: {value!r}; accepted: {words}")
-        return tuple([_as_int(name, element, value, words) for element in value])
+        for element in value:
+            if type(element) is not int:
+                return tuple([_as_int(name, element, value, words) for element in value])
+        return tuple(value)
     return _as_int(name, value, value, words)
 
 

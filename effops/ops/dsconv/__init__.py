@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from effops import _library
 from effops.ops import geometry as G
 from effops.ops.dsconv import reference
-from effops.ops.dwconv import Kernels, depthwise_flops, fake_gradients, fake_output, kernel_gradients
+from effops.ops.dwconv import Kernels, depthwise_flops, fake_gradients, fake_output, kernel_gradients, kernels_of
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
 
@@ -90,7 +90,7 @@ class DSConv2dFunction(KernelFunction):
         ctx, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, bias, scale, shift, residual, geometry, slopes, backend="cpp",
     ):  # fmt: skip
-        kernels = KERNELS[backend]
+        kernels = kernels_of(KERNELS, backend, "DSConv2dFunction")
         output = kernels.forward(
             input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
             pw_weight, bias, scale, shift, residual, geometry, slopes,

@@ -34,6 +34,18 @@ KERNELS = {"cpp": Kernels(_ops.dwconv_fwd.default, _ops.dwconv_bwd.default)}
 STATS_KERNELS = {"cpp": Kernels(_ops.dwconv_stats.default, _ops.dwconv_stats_bwd.default)}
 
 
+def kernels_of(table: dict[str, Kernels], backend: str, function: str) -> Kernels:
+    """The backend's kernels.
+
+    Raises:
+        ValueError: the backend has none (the reference runs in plain torch ops, outside any Function).
+    """
+    if backend not in table:
+        accepted = ", ".join(map(repr, table))
+        raise ValueError(f"{function}: no kernels of a backend {backend!r}; accepted: {accepted}")
+    return table[backend]
+
+
 # ---- fakes ----------------------------------------------------------------------------------------------------------
 
 
@@ -134,7 +146,7 @@ class DepthwiseConv2dFunction(KernelFunction):
 
     @staticmethod
     def forward(ctx, input, weight, bias, scale, shift, residual, geometry, slope, backend="cpp"):
-        kernels = KERNELS[backend]
+        kernels = kernels_of(KERNELS, backend, "DepthwiseConv2dFunction")
         output = kernels.forward(input, weight, bias, scale, shift, residual, geometry, slope)
         post = geometry[G.POST_ACTIVATION]
         saved = None
@@ -202,7 +214,7 @@ class DepthwiseStatsFunction(KernelFunction):
 
     @staticmethod
     def forward(ctx, input, weight, bias, geometry, backend="cpp"):
-        kernels = STATS_KERNELS[backend]
+        kernels = kernels_of(STATS_KERNELS, backend, "DepthwiseStatsFunction")
         mean, var = kernels.forward(input, weight, bias, geometry)
         ctx.save_for_backward(input, weight, bias, mean)
         ctx.static = (geometry, kernels)
