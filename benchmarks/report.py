@@ -224,7 +224,7 @@ def provenance(result: dict) -> str:
 
 def _errors(result: dict) -> str:
     failed = [
-        f"{row['case']} b{row['batch']} t{row['threads']} {row['dtype']} {name}: {side['error']}"
+        f"{row['kind']} {row['case']} b{row['batch']} t{row['threads']} {row['dtype']} {name}: {side['error']}"
         for row in result["rows"]
         for name, side in row.get("sides", {}).items()
         if "error" in side

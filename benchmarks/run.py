@@ -251,7 +251,7 @@ def take_turns(jobs: list[Job], threads: int, process: int, quick: bool) -> list
         for job in jobs:
             job.threads = threads
             for peer in (peer for peer in turn if peer in job.peers):
-                reply = workers[peer].ask(job.request)
+                reply = workers[peer].ask(job.request | {"first": process == 0})
                 if "overhead" in reply:
                     overhead_rows += reply["overhead"]
                 else:
@@ -323,7 +323,7 @@ def write(result: dict, path: Path) -> None:
 def failures(result: dict) -> list[str]:
     """What effops got wrong or could not do; a rival's failure is only noted in its row."""
     return [
-        f"{row['case']} b{row['batch']} t{row['threads']} {row['dtype']} {name}: {side['error']}"
+        f"{row['kind']} {row['case']} b{row['batch']} t{row['threads']} {row['dtype']} {name}: {side['error']}"
         for row in result["rows"]
         for name, side in row.get("sides", {}).items()
         if name.startswith("effops") and "error" in side

@@ -138,7 +138,7 @@ def test_losing_shapes_and_failed_rivals_stay_in_the_table():
     text = report.BLOCKS["dsconv"]([dsconv()])
     assert re.search(r"\| net-b \| 1 \| 1 .*\*\*0\.75x\*\*.*\*\*no\*\* \|", text)
     assert "Inductor channels_last | 2.00x" in text
-    assert "Not measured: net-c b1 t2 float32 inductor/nchw: no &lt;compiler&gt;" in text
+    assert "Not measured: pair net-c b1 t2 float32 inductor/nchw: no &lt;compiler&gt;" in text
     assert "effops 0.1.0 at `0123456789`; 2030-01-02" in text
 
 
