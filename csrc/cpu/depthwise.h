@@ -1,9 +1,9 @@
 // The depthwise convolution on rows of pixels with contiguous channels, forward and its two gradients: what the rooms dwconv and dsconv share.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-// A vector register holds kLanes channels of one pixel. For a block of kBlock output pixels of a row and one register of channels, the
-// kernel keeps kBlock accumulators and the S taps of one kernel row in registers and slides over the (kBlock - 1) * stride + S input pixels
-// of each of the R input rows: for 3x3 and kBlock = 4 that is 18 + 9 loads for 36 FMAs.
+// A vector register holds kLanes channels of one pixel. For a block of B output pixels of a row and one register of channels, the kernel
+// keeps B accumulators and the S taps of one kernel row in registers and slides over the (B - 1) * stride + S input pixels of each of the
+// R input rows: for 3x3 and B = 7 that is 27 + 9 loads for 63 FMAs. Where a block touches the border, pixels outside are read from a zero.
 
 // ---- geometry of one row ------------------------------------------------------------------------------------------------------------
 
@@ -84,9 +84,13 @@ class RowSource {
 
 // ---- forward ------------------------------------------------------------------------------------------------------------------------
 
-constexpr int kBlock = 4;
+// 7 divides the maps of ImageNet networks, 4 those of CIFAR's; the wide block needs more than 16 registers.
+constexpr int kSmallBlock = 4;
+constexpr int kWideBlock = EFFOPS_VECTOR_BYTES == 64 ? 7 : 4;
 
 // One output row segment. D is what the destination holds; tail lanes beyond `channels` are stored unless Exact.
+alignas(64) constexpr char kZeros[EFFOPS_VECTOR_BYTES] = {};  // a pixel outside the map
+
 template <class T, class D, bool Exact>
 class DepthwiseRow {
   using C = compute<T>;
@@ -98,7 +102,10 @@ class DepthwiseRow {
         ld_(round_up(channels_, kLanes<C>)),
         weights_(weights),
         epilogue_(epilogue),
-        with_epilogue_(with_epilogue) {}
+        out_{with_epilogue ? epilogue.bias : nullptr,
+             with_epilogue && epilogue.clamps() ? epilogue.low : -static_cast<C>(__builtin_inff()),
+             with_epilogue && epilogue.clamps() ? epilogue.high : static_cast<C>(__builtin_inff()),
+             with_epilogue && !(epilogue.simple() && !epilogue.affine())} {}
 
   // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or null.
   void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld, const C* residual, index_t residual_ld) const {
@@ -151,24 +158,34 @@ class DepthwiseRow {
     } else if (g_.S == 1) {
       sliding<Full, 1, 0>(s, c);
     } else {
-      for (index_t i = 0; i < s.count; ++i) pixel<Full>(s, c, i);
+      for (index_t i = 0; i < s.count; ++i) pixel<Full>(out_, s, c, i);
     }
   }
 
-  EFFOPS_INLINE vec<C> start(index_t c) const { return with_epilogue_ && epilogue_.bias ? load(epilogue_.bias + c) : vec<C>{}; }
+  // The epilogue as most layers have it: bias, then a clamp. Copied into locals by the kernels, since every store might alias `this`.
+  struct Clamp {
+    const C* bias;
+    C low, high;
+    bool more;  // there is more to it: epilogue_.apply
+    EFFOPS_INLINE vec<C> start(index_t c) const { return bias ? load(bias + c) : vec<C>{}; }
+  };
 
   template <bool Full>
-  EFFOPS_INLINE void finish(const Segment& s, index_t c, index_t i, vec<C> v) const {
-    if (with_epilogue_) v = epilogue_.apply(v, c, s.residual ? load(s.residual + i * s.residual_ld + c) : vec<C>{});
+  EFFOPS_INLINE void finish(const Clamp& out, const Segment& s, index_t c, index_t i, vec<C> v) const {
+    if (out.more) [[unlikely]] {
+      v = epilogue_.apply(v, c, s.residual ? load(s.residual + i * s.residual_ld + c) : vec<C>{});
+    } else {
+      v = at_most<C>(at_least<C>(v, splat(out.low)), splat(out.high));
+    }
     store_lanes<Full || !Exact>(s.dst + i * s.dst_ld + c, v, imin(kLanes<C>, channels_ - c));
   }
 
   // Any kernel, any border: one pixel.
   template <bool Full>
-  EFFOPS_INLINE void pixel(const Segment& s, index_t c, index_t i) const {
+  EFFOPS_INLINE void pixel(const Clamp& out, const Segment& s, index_t c, index_t i) const {
     const index_t q = s.q0 + i;
     const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
-    vec<C> acc = start(c);
+    vec<C> acc = out.start(c);
     for (index_t r = s.r_begin; r < s.r_end; ++r) {
       const T* x = s.rows[r - s.r_begin] + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
       const C* w = weights_ + r * g_.S * ld_ + c;
@@ -176,53 +193,69 @@ class DepthwiseRow {
         acc = acc + load_lanes<Full>(x + t * g_.dilation_w * s.pixel_stride, channels_ - c) * load(w + t * ld_);
       }
     }
-    finish<Full>(s, c, i, acc);
+    finish<Full>(out, s, c, i, acc);
   }
 
-  // S and the stride known at compile time, dilation 1; Stride 0: a 1-tap row at any stride. Borders go through pixel().
+  // S and the stride known at compile time, dilation 1; Stride 0: a 1-tap row at any stride.
   template <bool Full, int S, int Stride>
-  __attribute__((noinline)) void sliding(const Segment& s, index_t c) const {
-    const index_t stride = Stride ? Stride : g_.stride_w;
-    index_t i = 0;
-    const index_t first = imin(s.count, imax(0, ceil_div(g_.pad_left, stride) - s.q0));
-    const index_t room = g_.W - S + g_.pad_left;  // q * stride <= room keeps the last tap inside
-    const index_t last = imax(first, imin(s.count, (room >= 0 ? room / stride + 1 : 0) - s.q0));
-    for (; i < first; ++i) pixel<Full>(s, c, i);
-    for (; i + kBlock <= last; i += kBlock) block<Full, S, Stride, kBlock>(s, c, i);
-    for (; i < last; ++i) block<Full, S, Stride, 1>(s, c, i);
-    for (; i < s.count; ++i) pixel<Full>(s, c, i);
+  __attribute__((noinline)) void sliding(const Segment& segment, index_t c) const {
+    const Segment s = segment;
+    const Clamp out = out_;
+    constexpr int kWide = S <= 3 ? kWideBlock : kSmallBlock;
+    if (s.count >= kWide && round_up(s.count, kWide) <= round_up(s.count, kSmallBlock)) {
+      blocks<Full, S, Stride, kWide>(out, s, c);
+    } else if (s.count >= kSmallBlock) {
+      blocks<Full, S, Stride, kSmallBlock>(out, s, c);
+    } else {
+      for (index_t i = 0; i < s.count; ++i) pixel<Full>(out, s, c, i);
+    }
   }
 
+  // The last block is moved back so that it ends with the segment: a few pixels are computed twice instead of one at a time.
   template <bool Full, int S, int Stride, int Block>
-  EFFOPS_INLINE void block(const Segment& s, index_t c, index_t i) const {
+  EFFOPS_INLINE void blocks(const Clamp& out, const Segment& s, index_t c) const {
     const index_t stride = Stride ? Stride : g_.stride_w;
+    for (index_t i = 0; i < s.count; i += Block) {
+      const index_t at = imin(i, s.count - Block);
+      const index_t x = (s.q0 + at) * stride - g_.pad_left;  // the first input pixel of the block
+      if (x >= 0 && x + (Block - 1) * stride + S <= g_.W) {
+        block<Full, S, Stride, Block, false>(out, s, c, at, x);
+      } else {
+        block<Full, S, Stride, Block, true>(out, s, c, at, x);
+      }
+    }
+  }
+
+  template <bool Full, int S, int Stride, int Block, bool Border>
+  EFFOPS_INLINE void block(const Clamp& out, const Segment& s, index_t c, index_t i, index_t x0) const {
+    const index_t stride = Stride ? Stride : g_.stride_w;
+    const T* const zero = reinterpret_cast<const T*>(kZeros);
+    const index_t width = g_.W;
     vec<C> acc[Block];
 #pragma GCC unroll 8
-    for (int j = 0; j < Block; ++j) acc[j] = start(c);
-    const index_t offset = ((s.q0 + i) * stride - g_.pad_left) * s.pixel_stride + c;
+    for (int j = 0; j < Block; ++j) acc[j] = out.start(c);
     for (index_t r = s.r_begin; r < s.r_end; ++r) {
-      const T* x = s.rows[r - s.r_begin] + offset;
+      const T* x = s.rows[r - s.r_begin] + x0 * s.pixel_stride + c;
       const C* w = weights_ + r * S * ld_ + c;
       vec<C> tap[S];
 #pragma GCC unroll 8
       for (int t = 0; t < S; ++t) tap[t] = load(w + t * ld_);
-      if constexpr (Stride == 0) {
-#pragma GCC unroll 8
-        for (int j = 0; j < Block; ++j) acc[j] = acc[j] + load_lanes<Full>(x + j * stride * s.pixel_stride, channels_ - c) * tap[0];
-      } else {
-        constexpr int kPixels = (Block - 1) * Stride + S;
+      constexpr int kPixels = Stride ? (Block - 1) * Stride + S : Block;
 #pragma GCC unroll 16
-        for (int k = 0; k < kPixels; ++k) {
-          const vec<C> value = load_lanes<Full>(x + k * s.pixel_stride, channels_ - c);
+      for (int k = 0; k < kPixels; ++k) {
+        const index_t pixel = Stride ? k : k * stride;
+        const T* at = x + pixel * s.pixel_stride;
+        if (Border) at = static_cast<std::size_t>(x0 + pixel) < static_cast<std::size_t>(width) ? at : zero;
+        const vec<C> value = load_lanes<Full>(at, channels_ - c);
 #pragma GCC unroll 8
-          for (int t = 0; t < S; ++t) {
-            if ((k - t) % Stride == 0 && k - t >= 0 && (k - t) / Stride < Block) acc[(k - t) / Stride] = acc[(k - t) / Stride] + value * tap[t];
-          }
+        for (int t = 0; t < S; ++t) {
+          const int j = Stride ? (k - t) / (Stride ? Stride : 1) : k;
+          if (Stride == 0 || (k >= t && (k - t) % (Stride ? Stride : 1) == 0 && j < Block)) acc[j] = acc[j] + value * tap[t];
         }
       }
     }
 #pragma GCC unroll 8
-    for (int j = 0; j < Block; ++j) finish<Full>(s, c, i + j, acc[j]);
+    for (int j = 0; j < Block; ++j) finish<Full>(out, s, c, i + j, acc[j]);
   }
 
   // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before fast; no net uses it.
@@ -231,14 +264,14 @@ class DepthwiseRow {
       for (index_t i = 0; i < s.count; ++i) {
         const index_t q = s.q0 + i;
         const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
-        vec<C> acc = start(c);
+        vec<C> acc = out_.start(c);
         for (index_t r = s.r_begin; r < s.r_end; ++r) {
           const T* x = source.row(n, p * g_.stride_h - g_.pad_top + r * g_.dilation_h) + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
           for (index_t t = taps.begin; t < taps.end; ++t) {
             acc = acc + load_partial(x + t * g_.dilation_w * s.pixel_stride, imin(kLanes<C>, channels_ - c)) * load(weights_ + (r * g_.S + t) * ld_ + c);
           }
         }
-        finish<false>(s, c, i, acc);
+        finish<false>(out_, s, c, i, acc);
       }
     }
   }
@@ -247,5 +280,5 @@ class DepthwiseRow {
   index_t channels_, ld_;
   const C* weights_;
   const Epilogue<C>& epilogue_;
-  bool with_epilogue_;
+  Clamp out_;
 };

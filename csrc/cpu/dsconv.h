@@ -5,8 +5,8 @@
 //   input rows --dw--> z tile [pixels][Cz] in L1/L2 --gemm with packed panels of W--> output rows (NHWC: straight from the registers)
 //   passthrough ------^                              `--> scratch tile, second pass of the epilogue, transposed store (everything else)
 //
-// The depthwise result exists only as the tile. Work is cut into ranges of output pixels; where there are too few pixels to go round
-// (7x7 maps at batch 1), into ranges of output channels, each recomputing the depthwise, which is 9/K of the work.
+// The depthwise result exists only as the tile. Work is cut into ranges of output rows; where the whole map is one tile (7x7 at batch 1),
+// into ranges of output channels, each recomputing the depthwise, which is 9/K of the work.
 // Bytes moved: each input once plus the halo rows of a range, each output once, W once per range and tile (from L2).
 
 template <class T>
@@ -27,7 +27,6 @@ struct DsconvForward {
   const Panels panels;
   const C* dw_weights;
   Epilogue<C> dw_epilogue, pw_epilogue;
-  W* packed;
   bool direct, simple;
 
   explicit DsconvForward(const DsconvForwardArgs& a)
@@ -35,83 +34,168 @@ struct DsconvForward {
         g(a.g),
         dw_channels(g.out_channels()),
         Cz(a.passthrough_channels + dw_channels),
-        ldz(round_up(a.passthrough_channels + round_up(dw_channels, kLanes<C>), kLanes<C>) + (kDot ? kLanes<C> : 0)),
+        ldz(row_distance<Z>(a.passthrough_channels + round_up(dw_channels + (kDot ? 1 : 0), kLanes<C>))),
         k_steps(kDot ? ceil_div(Cz, 2) : Cz),
         pixels(g.N * g.P * g.Q),
         panels(a.K, kLanes<C>),
         dw_weights(pack_depthwise_weights<T>(shared, g, a.dw_weight)),
         dw_epilogue(shared, a.dw_epilogue, dw_channels),
         pw_epilogue(shared, a.pw_epilogue, a.K),
-        packed(static_cast<W*>(shared.allocate(k_steps * panels.vectors * kLanes<C> * sizeof(W)))),
         direct(a.output.c == 1),
         simple(pw_epilogue.simple()) {}
 
-  W* panel_weights(index_t panel) const { return packed + k_steps * panels.first_column(panel); }
+  // The output's registers go straight to memory; else they pass through a scratch tile.
+  bool one_pass() const { return direct && simple; }
 
-  void pack(index_t panel) const {
+  void pack(index_t panel, W* packed) const {
     const T* weight = static_cast<const T*>(args.pw_weight);
     if constexpr (kDot) {
-      pack_panel_pairs(weight, args.pw_stride_c, args.pw_stride_k, Cz, args.K, panels, panel, panel_weights(panel));
+      pack_panel_pairs(weight, args.pw_stride_c, args.pw_stride_k, Cz, args.K, panels, panel, packed);
     } else {
-      pack_panel(weight, args.pw_stride_c, args.pw_stride_k, Cz, args.K, panels, panel, panel_weights(panel));
+      pack_panel(weight, args.pw_stride_c, args.pw_stride_k, Cz, args.K, panels, panel, packed);
     }
   }
 
   void run() {
     if (pixels == 0 || args.K + args.keep == 0) return;
-    const double cost = static_cast<double>(pixels) * (k_steps * panels.vectors + dw_channels / kLanes<C> * g.R * g.S);
-    // A range of fewer pixels than this would stream all of W for too little work.
-    constexpr index_t kMinPixels = 40;
-    const index_t threads = slots_for(cost, imax(pixels, panels.count));
-    const index_t pixel_slots = imax(1, imin(threads, pixels / kMinPixels));
-    const index_t panel_slots = pixel_slots == 1 ? imin(threads, panels.count) : 1;
-    if (panel_slots == 1) {
-      const index_t packers = imin(threads, panels.count);
-      run_slots(packers, [&](index_t s) {
-        for (index_t i = panels.count * s / packers; i < panels.count * (s + 1) / packers; ++i) pack(i);
-      });
-      run_slots(pixel_slots, [&](index_t s) { range(pixels * s / pixel_slots, pixels * (s + 1) / pixel_slots, 0, panels.count); });
+    const double cost = static_cast<double>(pixels) * (k_steps * panels.vectors + ceil_div(dw_channels, kLanes<C>) * g.R * g.S);
+    if (pixels <= tile_pixels(ldz * sizeof(Z), g.Q) || g.N * g.P == 1) {
+      run_by_panels(slots_for(cost, panels.count));
     } else {
-      run_slots(panel_slots, [&](index_t s) {
-        const index_t first = panels.count * s / panel_slots, last = panels.count * (s + 1) / panel_slots;
-        for (index_t i = first; i < last; ++i) pack(i);
-        range(0, pixels, first, last);
-      });
+      run_by_pixels(slots_for(cost, g.N * g.P));
     }
   }
 
-  // Output pixels [begin, end), panels [first, last).
-  void range(index_t begin, index_t end, index_t first, index_t last) const {
-    Arena arena(Arena::kTask);
-    RowSource<T> source(arena, args.input, g);
-    const index_t column = panels.first_column(first), columns = imin(args.K, panels.first_column(last)) - column;
-    const index_t ldy = (panels.first_vector(last) - panels.first_vector(first)) * kLanes<C>;
-    const index_t tile = imin(tile_pixels(ldz * sizeof(Z)), end - begin);
-    Z* z = static_cast<Z*>(arena.allocate(tile * ldz * sizeof(Z)));
-    const bool two_pass = !(direct && simple);
-    C* y = two_pass ? static_cast<C*>(arena.allocate(tile * ldy * sizeof(C))) : nullptr;
-    C* residual = pw_epilogue.residual.data ? static_cast<C*>(arena.allocate(tile * ldy * sizeof(C))) : nullptr;
-    C* dw_residual = dw_epilogue.residual.data ? static_cast<C*>(arena.allocate(tile * ldz * sizeof(C))) : nullptr;
-    for (index_t t = begin; t < end; t += tile) {
-      const index_t stop = imin(end, t + tile);
-      fill_z(source, t, stop, z, dw_residual);
-      if (args.keep > 0 && first == 0) scatter_pixels<T>(z + Cz - args.keep, ldz, args.output, t, stop, g.P, g.Q, 0, args.keep);
-      if (!two_pass) {
-        gemm_direct(z, t, stop, first, last);
-      } else {
-        gemm_scratch(z, stop - t, first, last, y, ldy);
-        if (!simple) {
-          if (residual) gather_pixels<T>(pw_epilogue.residual, t, stop, g.P, g.Q, column, columns, residual, ldy);
-          finish_rows(stop - t, column, columns, y, ldy, residual);
+  // Small maps: ranges of output channels, each with the whole (cheap) depthwise; a panel is packed just before its one use, so that it is
+  // read from L2 and never written back.
+  void run_by_panels(index_t slots) {
+    run_slots(slots, [&](index_t s) {
+      const index_t first = panels.count * s / slots, last = panels.count * (s + 1) / slots;
+      Arena arena(Arena::kTask);
+      index_t widest = 0;
+      for (index_t i = first; i < last; ++i) widest = imax(widest, panels.width(i));
+      W* packed = static_cast<W*>(arena.allocate(k_steps * widest * kLanes<C> * sizeof(W)));
+      Range range(*this, arena, pixels, first, last);
+      for (index_t begin = 0; begin < pixels; begin += range.tile) {  // one turn, except for a single row longer than a tile
+        range.load(begin, imin(pixels, begin + range.tile));
+        for (index_t i = first; i < last; ++i) {
+          pack(i, packed);
+          range.multiply(i, packed);
         }
-        scatter_pixels<T>(y, ldy, args.output, t, stop, g.P, g.Q, args.keep + column, columns);
+        range.finish();
+      }
+    });
+  }
+
+  // Everything else: W is packed once by all threads, then ranges of whole output rows.
+  void run_by_pixels(index_t slots) {
+    const index_t packers = imin(slots, panels.count), rows = g.N * g.P;
+    W* packed = static_cast<W*>(shared.allocate(k_steps * panels.vectors * kLanes<C> * sizeof(W)));
+    const auto panel_weights = [&](index_t i) { return packed + k_steps * panels.first_column(i); };
+    run_slots(packers, [&](index_t s) {
+      for (index_t i = panels.count * s / packers; i < panels.count * (s + 1) / packers; ++i) pack(i, panel_weights(i));
+    });
+    run_slots(slots, [&](index_t s) {
+      Arena arena(Arena::kTask);
+      const index_t end = rows * (s + 1) / slots * g.Q;
+      index_t begin = rows * s / slots * g.Q;
+      Range range(*this, arena, end - begin, 0, panels.count);
+      for (; begin < end; begin += range.tile) {
+        range.load(begin, imin(end, begin + range.tile));
+        for (index_t i = 0; i < panels.count; ++i) range.multiply(i, panel_weights(i));
+        range.finish();
+      }
+    });
+  }
+
+  // One task's tiles: its scratch, and the steps on the current tile of flat output pixels [begin, end) for the panels [first, last).
+  struct Range {
+    const DsconvForward& op;
+    const index_t first, last;
+    const index_t column, columns, ldy;
+    const index_t tile;
+    RowSource<T> source;
+    Z* z;
+    C *y, *residual, *dw_residual;
+    index_t begin = 0, end = 0;
+    const Z* in_place = nullptr;
+
+    Range(const DsconvForward& o, Arena& arena, index_t pixels, index_t first_, index_t last_)
+        : op(o),
+          first(first_),
+          last(last_),
+          column(op.panels.first_column(first)),
+          columns(imin(op.args.K, op.panels.first_column(last)) - column),
+          ldy(row_distance<C>(op.panels.first_column(last) - column)),
+          tile(imin(tile_pixels(op.ldz * sizeof(Z), op.g.Q), pixels)),
+          source(arena, op.args.input, op.g),
+          z(static_cast<Z*>(arena.allocate(tile * op.ldz * sizeof(Z)))) {
+      const auto scratch = [&](bool want, index_t ld) { return want ? static_cast<C*>(arena.allocate(tile * ld * sizeof(C))) : nullptr; };
+      y = scratch(!op.one_pass(), ldy);
+      residual = scratch(op.pw_epilogue.residual.data, ldy);
+      dw_residual = scratch(op.dw_epilogue.residual.data, op.ldz);
+    }
+
+    void load(index_t tile_begin, index_t tile_end) {
+      begin = tile_begin;
+      end = tile_end;
+      in_place = op.passthrough_in_place(begin);
+      op.fill_z(source, begin, end, z, in_place == nullptr, dw_residual);
+      if (op.args.keep > 0 && first == 0) {
+        scatter_pixels<T>(z + op.Cz - op.args.keep, op.ldz, op.args.output, begin, end, op.g.P, op.g.Q, 0, op.args.keep);
       }
     }
+
+    void multiply(index_t panel, const W* weights) const {
+      const index_t c = op.panels.first_column(panel);
+      if (!op.one_pass()) {
+        C* to = y + c - column;
+        const RowsOfA<Z> a = op.rows_of_a(z, in_place, 0);
+        if (op.simple) {
+          op.multiply_clamped(panel, weights, end - begin, a, to, ldy, op.panels.width(panel) * kLanes<C>);
+        } else {
+          op.multiply(panel, weights, end - begin, a, StoreRaw<C>{to, ldy});
+        }
+        return;
+      }
+      const index_t width = imin(op.args.K - c, op.panels.width(panel) * kLanes<C>);
+      for_each_run(op.args.output, begin, end, op.g.P, op.g.Q, [&](index_t position, index_t count, index_t offset) {
+        T* to = static_cast<T*>(op.args.output.data) + position + op.args.keep + c;
+        op.multiply_clamped(panel, weights, count, op.rows_of_a(z, in_place, offset), to, op.args.output.w, width);
+      });
+    }
+
+    void finish() const {
+      if (op.one_pass()) return;
+      if (!op.simple) {
+        if (residual) gather_pixels<T>(op.pw_epilogue.residual, begin, end, op.g.P, op.g.Q, column, columns, residual, ldy);
+        Epilogue<C> part = op.pw_epilogue;  // the same epilogue, seen from `column` on
+        if (part.bias) part.bias += column;
+        if (part.affine()) {
+          part.scale += column;
+          part.shift += column;
+        }
+        apply_epilogue_rows(part, end - begin, columns, y, ldy, residual, ldy);
+      }
+      scatter_pixels<T>(y, ldy, op.args.output, begin, end, op.g.P, op.g.Q, op.args.keep + column, columns);
+    }
+  };
+
+  // Where the product can read the passthrough channels of the tile that starts at flat pixel `begin`, or null: then they are copied. They
+  // must lie pixel after pixel at one distance over all images, and in whole pairs for the bf16 product.
+  const Z* passthrough_in_place(index_t begin) const {
+    if constexpr (std::is_same_v<T, Z>) {
+      const TensorRef& p = args.passthrough;
+      const bool even = p.c == 1 && p.h == g.Q * p.w && (g.N == 1 || p.n == g.P * p.h);
+      const bool pairs = !kDot || args.passthrough_channels % 2 == 0;
+      if (p.data != nullptr && even && pairs) return static_cast<const Z*>(p.data) + begin * p.w;
+    }
+    return nullptr;
   }
 
-  void fill_z(RowSource<T>& source, index_t begin, index_t end, Z* z, C* dw_residual) const {
+  void fill_z(RowSource<T>& source, index_t begin, index_t end, Z* z, bool copy_passthrough, C* dw_residual) const {
     const index_t passthrough = args.passthrough_channels;
-    if (passthrough > 0) gather_pixels<T>(args.passthrough, begin, end, g.P, g.Q, 0, passthrough, z, ldz);
+    if (passthrough > 0 && copy_passthrough) gather_pixels<T>(args.passthrough, begin, end, g.P, g.Q, 0, passthrough, z, ldz);
     if (dw_residual) gather_pixels<T>(dw_epilogue.residual, begin, end, g.P, g.Q, 0, dw_channels, dw_residual, ldz);
     const DepthwiseRow<T, Z, false> kernel(g, dw_weights, dw_epilogue, true);
     for_each_row_segment(begin, end, g.P, g.Q, [&](index_t n, index_t p, index_t q, index_t count, index_t offset) {
@@ -124,12 +208,21 @@ struct DsconvForward {
     }
   }
 
+  // The rows of A from pixel `offset` of the tile on.
+  EFFOPS_INLINE RowsOfA<Z> rows_of_a(const Z* z, const Z* in_place, index_t offset) const {
+    constexpr index_t unit = kDot ? 2 : 1;
+    const Z* tile = z + offset * ldz;
+    if (in_place == nullptr) return {tile, ldz, 1, k_steps};
+    const index_t skipped = args.passthrough_channels;
+    return {in_place + offset * args.passthrough.w, args.passthrough.w, skipped / unit, tile + skipped, ldz, k_steps - skipped / unit};
+  }
+
   template <class Out>
-  EFFOPS_INLINE void multiply(index_t panel, index_t rows, const Z* z, const Out& out) const {
+  EFFOPS_INLINE void multiply(index_t panel, const W* weights, index_t rows, const RowsOfA<Z>& a, const Out& out) const {
     if constexpr (kDot) {
-      gemm_panel_pairs(panels.width(panel), rows, z, ldz, panel_weights(panel), k_steps, out);
+      gemm_panel_pairs(panels.width(panel), rows, a, weights, out);
     } else {
-      gemm_panel(panels.width(panel), rows, z, ldz, 1, panel_weights(panel), panels.width(panel) * kLanes<C>, k_steps, out);
+      gemm_panel(panels.width(panel), rows, a, weights, panels.width(panel) * kLanes<C>, out);
     }
   }
 
@@ -147,44 +240,12 @@ struct DsconvForward {
   }
 
   template <class D>
-  EFFOPS_INLINE void multiply_clamped(index_t panel, index_t rows, const Z* z, D* y, index_t ld, index_t columns) const {
+  EFFOPS_INLINE void multiply_clamped(index_t panel, const W* weights, index_t rows, const RowsOfA<Z>& a, D* y, index_t ld, index_t columns) const {
     if (pw_epilogue.affine()) {
-      multiply(panel, rows, z, clamped<D, true>(y, ld, panel, columns));
+      multiply(panel, weights, rows, a, clamped<D, true>(y, ld, panel, columns));
     } else {
-      multiply(panel, rows, z, clamped<D, false>(y, ld, panel, columns));
+      multiply(panel, weights, rows, a, clamped<D, false>(y, ld, panel, columns));
     }
-  }
-
-  void gemm_direct(const Z* z, index_t begin, index_t end, index_t first, index_t last) const {
-    for (index_t panel = first; panel < last; ++panel) {
-      const index_t c = panels.first_column(panel);
-      const index_t columns = imin(args.K - c, panels.width(panel) * kLanes<C>);
-      for_each_run(args.output, begin, end, g.P, g.Q, [&](index_t position, index_t count, index_t offset) {
-        T* y = static_cast<T*>(args.output.data) + position + args.keep + c;
-        multiply_clamped<T>(panel, count, z + offset * ldz, y, args.output.w, columns);
-      });
-    }
-  }
-
-  void gemm_scratch(const Z* z, index_t rows, index_t first, index_t last, C* y, index_t ldy) const {
-    for (index_t panel = first; panel < last; ++panel) {
-      C* to = y + (panels.first_vector(panel) - panels.first_vector(first)) * kLanes<C>;
-      if (simple) {
-        multiply_clamped<C>(panel, rows, z, to, ldy, panels.width(panel) * kLanes<C>);
-      } else {
-        multiply(panel, rows, z, StoreRaw<C>{to, ldy});
-      }
-    }
-  }
-
-  void finish_rows(index_t rows, index_t column, index_t columns, C* y, index_t ldy, const C* residual) const {
-    Epilogue<C> part = pw_epilogue;  // the same epilogue, seen from `column` on
-    if (part.bias) part.bias += column;
-    if (part.affine()) {
-      part.scale += column;
-      part.shift += column;
-    }
-    apply_epilogue_rows(part, rows, columns, y, ldy, residual, ldy);
   }
 };
 

@@ -37,8 +37,8 @@ struct DsconvBackward {
         Cz(passthrough + dw_channels),
         K(fwd.K),
         ld_dw(round_up(dw_channels, kLanes<C>)),
-        ldz(round_up(passthrough + ld_dw, kLanes<C>)),
-        ldk(round_up(K, kLanes<C>)),
+        ldz(row_distance<C>(passthrough + ld_dw)),
+        ldk(row_distance<C>(K)),
         dw_weights(pack_depthwise_weights<T>(shared, g, fwd.dw_weight)),
         dw_epilogue(shared, fwd.dw_epilogue, dw_channels),
         pw_epilogue(shared, fwd.pw_epilogue, K),
@@ -100,7 +100,7 @@ struct DsconvBackward {
           depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights, o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr),
           dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
           pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),
-          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C)) / imax(1, o.g.Q))) {
+          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)) {
       const auto tile = [&](bool want, index_t ld) { return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr; };
       gv = tile(true, op.ldk);
       v = tile(op.raw_v, op.ldk);
@@ -172,7 +172,7 @@ struct DsconvBackward {
       if (v) {
         for (index_t i = 0; i < op.panels_k.count; ++i) {
           const index_t ld = op.panels_k.width(i) * kLanes<C>, column = op.panels_k.first_column(i);
-          gemm_panel(op.panels_k.width(i), t.pixels(), z, op.ldz, 1, op.packed_forward + op.Cz * column, ld, op.Cz, StoreRaw<C>{v + column, op.ldk});
+          gemm_panel(op.panels_k.width(i), t.pixels(), {z, op.ldz, 1, op.Cz}, op.packed_forward + op.Cz * column, ld, StoreRaw<C>{v + column, op.ldk});
         }
       }
       const EpilogueBackward<C> backward{op.pw_epilogue, v, saved, pw_residual, pw_grad_residual, op.ldk};
@@ -184,7 +184,7 @@ struct DsconvBackward {
       C* sums = op.pw_sums + slot * op.K * op.ldz;
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t column = op.panels_c.first_column(i);
-        gemm_panel(op.panels_c.width(i), op.K, gv, 1, op.ldk, z + column, op.ldz, t.pixels(), Accumulate<C>{sums + column, op.ldz});
+        gemm_panel(op.panels_c.width(i), op.K, {gv, 1, op.ldk, t.pixels()}, z + column, op.ldz, Accumulate<C>{sums + column, op.ldz});
       }
     }
 
@@ -192,7 +192,7 @@ struct DsconvBackward {
     void pointwise_input(const Tile& t) {
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t ld = op.panels_c.width(i) * kLanes<C>, column = op.panels_c.first_column(i);
-        gemm_panel(op.panels_c.width(i), t.pixels(), gv, op.ldk, 1, op.packed_backward + op.K * column, ld, op.K, StoreRaw<C>{gz + column, op.ldz});
+        gemm_panel(op.panels_c.width(i), t.pixels(), {gv, op.ldk, 1, op.K}, op.packed_backward + op.K * column, ld, StoreRaw<C>{gz + column, op.ldz});
       }
       if (kept) {
         const index_t keep = op.fwd.keep, first = op.Cz - keep;

@@ -14,10 +14,11 @@ inline void run_slots(index_t count, const F& body) {
   parallel_tasks(count, [](void* context, index_t i) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&body));
 }
 
-// Pixels a task works on at a time: the tile of `bytes_per_pixel` stays in L2 and most of it in L1.
-inline index_t tile_pixels(index_t bytes_per_pixel) {
+// Pixels a task works on at a time: a tile of `bytes_per_pixel` stays in L2 and most of it in L1. Whole rows where they fit.
+inline index_t tile_pixels(index_t bytes_per_pixel, index_t row) {
   constexpr index_t kTileBytes = 96 * 1024;
-  return imax(24, imin(256, kTileBytes / imax(1, bytes_per_pixel)));
+  const index_t pixels = imax(28, imin(280, kTileBytes / imax(1, bytes_per_pixel)));
+  return row <= pixels ? pixels / row * row : pixels / 28 * 28;
 }
 
 template <class T>
@@ -46,7 +47,7 @@ void dwconv_fwd(const DwconvForwardArgs& args) {
       return;
     }
     const DepthwiseRow<T, C, false> kernel(g, weights, epilogue, true);
-    const index_t tile = tile_pixels(ld * sizeof(C));
+    const index_t tile = tile_pixels(ld * sizeof(C), g.Q);
     C* y = static_cast<C*>(arena.allocate(tile * ld * sizeof(C)));
     C* residual = epilogue.residual.data ? static_cast<C*>(arena.allocate(tile * ld * sizeof(C))) : nullptr;
     for (index_t t = begin; t < end; t += tile) {
@@ -127,7 +128,7 @@ void dwconv_stats(const DwconvStatsArgs& args) {
     RowSource<T> source(arena, args.input, g);
     const DepthwiseRow<T, C, false> kernel(g, weights, epilogue, true);
     const index_t begin = g.N * g.P * slot / slots * g.Q, end = g.N * g.P * (slot + 1) / slots * g.Q;
-    const index_t tile = tile_pixels(ld * sizeof(C));
+    const index_t tile = tile_pixels(ld * sizeof(C), g.Q);
     C* u = static_cast<C*>(arena.allocate(tile * ld * sizeof(C)));
     Moments of_tile = new_moments(arena, channels);
     for (index_t t = begin; t < end; t += tile) {

@@ -61,7 +61,7 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
     Arena arena(Arena::kTask);
     DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights, weight_sums ? weight_sums + slot * taps * ld : nullptr);
     const EpilogueSums own_sums = slot_of(sums, slot, channels), no_sums;
-    const index_t rows = imax(1, tile_pixels(2 * ld * sizeof(C)) / imax(1, g.Q));
+    const index_t rows = imax(1, tile_pixels(2 * ld * sizeof(C), g.Q) / g.Q);
     const auto tile = [&](bool want) { return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr; };
     C *grad = tile(true), *u = tile(raw), *saved = tile(from_output), *residual = tile(epilogue.residual.data && epilogue.post != Activation::none),
       *grad_residual = tile(args.grads.residual.data);
@@ -122,7 +122,7 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
     Arena arena(Arena::kTask);
     DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights, weight_sums ? weight_sums + slot * taps * ld : nullptr);
     const EpilogueSums own_sums = slot_of(sums, slot, channels);
-    const index_t rows = imax(1, tile_pixels(ld * sizeof(C)) / imax(1, g.Q));
+    const index_t rows = imax(1, tile_pixels(ld * sizeof(C), g.Q) / g.Q);
     C* u = static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C)));
     for (index_t i = plan.count * slot / plan.slots; i < plan.count * (slot + 1) / plan.slots; ++i) {
       const Band band = plan.band(i);

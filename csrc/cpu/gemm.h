@@ -1,7 +1,7 @@
 // The matrix product of every room: C[M, N] = A[M, k] * B[k, N] on register tiles of R rows x V vectors.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-//            B panel: k rows of V registers, packed, streamed once per R rows (64 V / R bytes per FMA row: L2 keeps up from R = 4 on)
+//            B panel: k rows of V registers, packed, streamed once per R rows (64 / R bytes of it per FMA)
 //            +---------+
 //   A: R     | acc     |   R x V accumulators stay in registers for the whole k loop; A is broadcast element by element from L1.
 //   rows     | R x V   |   Loads per k: R + V for R * V FMAs, so that the FMA port and not the load port is the limit.
@@ -11,20 +11,23 @@
 // What happens to the accumulators is a policy: StoreRaw, Accumulate, StoreClamped.
 
 #if EFFOPS_VECTOR_BYTES == 64
-constexpr int kMaxV = 4;  // 32 registers: 6 x 4 accumulators, 4 of B, 1 of A
-constexpr int rows_for(int v) { return v == 4 ? 6 : 8; }
+// 32 registers: 14 x 2 accumulators. Two registers wide rather than four: a row of B (128 bytes) then feeds 28 FMAs, so that streaming B
+// from L2 takes 5 bytes a cycle instead of 11. And 14 divides the maps of ImageNet networks.
+constexpr int kMaxV = 3;
+constexpr int rows_for(int v) { return v == 3 ? 9 : 14; }
 #else
-constexpr int kMaxV = 2;  // 16 registers: 6 x 2 accumulators, 2 of B, 1 of A
+// 16 registers: 6 x 2 accumulators, 2 of B, 1 of A.
+constexpr int kMaxV = 2;
 constexpr int rows_for(int v) { return v == 2 ? 6 : 8; }
 #endif
 
-// How N columns are cut into panels of at most kMaxV registers, as evenly as possible (5 registers: 3 + 2, not 4 + 1).
+// How N columns are cut into panels: pairs of registers, and one triple or single where their number is odd.
 struct Panels {
   index_t vectors, count;
   index_t lanes;
-  Panels(index_t columns, index_t lanes_) : vectors(ceil_div(columns, lanes_)), count(ceil_div(vectors, kMaxV)), lanes(lanes_) {}
-  index_t first_vector(index_t panel) const { return vectors / count * panel + imin(panel, vectors % count); }
-  index_t width(index_t panel) const { return vectors / count + (panel < vectors % count ? 1 : 0); }
+  Panels(index_t columns, index_t lanes_) : vectors(ceil_div(columns, lanes_)), count(imax(1, kMaxV == 3 ? vectors / 2 : ceil_div(vectors, 2))), lanes(lanes_) {}
+  index_t first_vector(index_t panel) const { return panel == count ? vectors : 2 * panel; }
+  index_t width(index_t panel) const { return panel + 1 == count ? vectors - 2 * panel : 2; }
   index_t first_column(index_t panel) const { return first_vector(panel) * lanes; }
 };
 
@@ -36,9 +39,13 @@ struct StoreRaw {
   EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
     for (int v = 0; v < V; ++v) acc[v] = vec<C>{};
   }
-  template <int V>
-  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[V]) const {
-    for (int v = 0; v < V; ++v) store(y + row * ld + v * kLanes<C>, acc[v]);
+  template <int R, int V>
+  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[R][V]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(y + (row + r) * ld + v * kLanes<C>, acc[r][v]);
+    }
   }
 };
 
@@ -52,10 +59,14 @@ struct Accumulate {
   EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
     for (int v = 0; v < V; ++v) acc[v] = vec<C>{};
   }
-  template <int V>
-  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[V]) const {
-    C* p = y + row * ld;
-    for (int v = 0; v < V; ++v) store(p + v * kLanes<C>, load(p + v * kLanes<C>) + acc[v]);
+  template <int R, int V>
+  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[R][V]) const {
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      C* p = y + (row + r) * ld;
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) store(p + v * kLanes<C>, load(p + v * kLanes<C>) + acc[r][v]);
+    }
   }
 };
 
@@ -73,77 +84,118 @@ struct StoreClamped {
   EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
     for (int v = 0; v < V; ++v) acc[v] = bias ? load(bias + v * kLanes<C>) : vec<C>{};
   }
-  template <int V>
-  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[V]) const {
-    T* p = y + row * ld;
-    for (int v = 0; v < V; ++v) {
-      vec<C> value = at_most<C>(at_least<C>(acc[v], splat(low)), splat(high));
-      if constexpr (Affine) value = value * load(scale + v * kLanes<C>) + load(shift + v * kLanes<C>);
-      if (v < V - 1 || columns == V * kLanes<C>) {
-        store(p + v * kLanes<C>, value);
+  template <int R, int V>
+  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[R][V]) const {
+    const vec<C> lowest = splat(low), highest = splat(high);
+    const bool whole = columns == V * kLanes<C>;
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {  // register by register, so that scale and shift are loaded once
+      vec<C> a{}, b{};
+      if constexpr (Affine) a = load(scale + v * kLanes<C>), b = load(shift + v * kLanes<C>);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        acc[r][v] = at_most<C>(at_least<C>(acc[r][v], lowest), highest);
+        if constexpr (Affine) acc[r][v] = acc[r][v] * a + b;
+      }
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      T* p = y + (row + r) * ld;
+#pragma GCC unroll 4
+      for (int v = 0; v < V - 1; ++v) store(p + v * kLanes<C>, acc[r][v]);
+      if (whole) {
+        store(p + (V - 1) * kLanes<C>, acc[r][V - 1]);
       } else {
-        store_partial(p + v * kLanes<C>, value, columns - v * kLanes<C>);
+        store_partial(p + (V - 1) * kLanes<C>, acc[r][V - 1], columns - (V - 1) * kLanes<C>);
       }
     }
   }
 };
 
+// The distance of two rows of a tile of A, at least `elements`. Rows a multiple of 512 bytes apart share so few sets of an 8-way L1 that 14
+// of them and a stream of B do not fit: one register more spreads them.
+template <class Z>
+index_t row_distance(index_t elements) {
+  constexpr index_t unit = kLanes<compute<Z>>;
+  const index_t rounded = round_up(elements, unit);
+  return rounded * static_cast<index_t>(sizeof(Z)) % 512 == 0 ? rounded + unit : rounded;
+}
+
+// A, in up to two pieces along k: what precedes the tile in the concatenation (passthrough channels, read where they lie) and the tile.
+template <class Z>
+struct RowsOfA {
+  const Z* data[2];
+  index_t row[2];  // distance of two rows
+  index_t k[2];
+  index_t step;  // distance of two elements along k
+  RowsOfA(const Z* a, index_t a_row, index_t a_step, index_t a_k) : data{a, nullptr}, row{a_row, 0}, k{a_k, 0}, step(a_step) {}
+  RowsOfA(const Z* first, index_t first_row, index_t first_k, const Z* second, index_t second_row, index_t second_k)
+      : data{first, second}, row{first_row, second_row}, k{first_k, second_k}, step(1) {}
+  EFFOPS_INLINE RowsOfA skip(index_t rows) const {
+    RowsOfA result = *this;
+    result.data[0] += rows * row[0];
+    result.data[1] += rows * row[1];
+    return result;
+  }
+};
+
 template <int R, int V, class C, class Out>
-__attribute__((noinline)) void gemm_tile(const C* __restrict a, index_t a_row, index_t a_k, const C* __restrict b, index_t b_ld, index_t k, const Out& out,
-                                         index_t row) {
+__attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, index_t b_ld, Out out, index_t row) {
   vec<C> acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) out.template init<V>(acc[r]);
-  for (index_t i = 0; i < k; ++i) {
-    vec<C> w[V];
+  for (int piece = 0; piece < 2; ++piece) {
+    // Two row pointers and the offsets of half the rows: one register a row would be more than there are.
+    const C* a = rows.data[piece];
+    const index_t a_row = rows.row[piece], a_step = rows.step;
+    constexpr int kHalf = (R + 1) / 2;
+    const C* upper = a + kHalf * a_row;
+    for (index_t i = rows.k[piece]; i > 0; --i) {
+      vec<C> w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = load(b + v * kLanes<C>);
+      for (int v = 0; v < V; ++v) w[v] = load(b + v * kLanes<C>);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const vec<C> x = splat(a[r * a_row]);
+      for (int r = 0; r < R; ++r) {
+        const vec<C> x = splat(r < kHalf ? a[r * a_row] : upper[(r - kHalf) * a_row]);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + x * w[v];
+        for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + x * w[v];
+      }
+      a += a_step;
+      upper += a_step;
+      b += b_ld;
     }
-    a += a_k;
-    b += b_ld;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) out.template finish<V>(row + r, acc[r]);
+  out.template finish<R, V>(row, acc);
 }
 
-// The last R rows of a block whose height is known only at run time.
 template <int R, int V, class C, class Out>
-EFFOPS_INLINE void gemm_remainder(index_t rows, const C* a, index_t a_row, index_t a_k, const C* b, index_t b_ld, index_t k, const Out& out, index_t row) {
-  if constexpr (R > 0) {
-    if (rows == R) {
-      gemm_tile<R, V>(a, a_row, a_k, b, b_ld, k, out, row);
-    } else {
-      gemm_remainder<R - 1, V>(rows, a, a_row, a_k, b, b_ld, k, out, row);
-    }
-  }
+EFFOPS_INLINE void gemm_some(index_t& row, index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld, const Out& out) {
+  for (; row + R <= M; row += R) gemm_tile<R, V>(rows.skip(row), b, b_ld, out, row);
 }
 
+// M rows by as many full tiles as there are, the rest by halves.
 template <int V, class C, class Out>
-void gemm_panel_rows(index_t M, const C* a, index_t a_row, index_t a_k, const C* b, index_t b_ld, index_t k, const Out& out) {
+void gemm_panel_rows(index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld, const Out& out) {
   constexpr int R = rows_for(V);
   index_t row = 0;
-  for (; row + R <= M; row += R) gemm_tile<R, V>(a + row * a_row, a_row, a_k, b, b_ld, k, out, row);
-  gemm_remainder<R - 1, V>(M - row, a + row * a_row, a_row, a_k, b, b_ld, k, out, row);
+  gemm_some<R, V>(row, M, rows, b, b_ld, out);
+  if constexpr (R >= 14) gemm_some<7, V>(row, M, rows, b, b_ld, out);
+  gemm_some<4, V>(row, M, rows, b, b_ld, out);
+  gemm_some<2, V>(row, M, rows, b, b_ld, out);
+  gemm_some<1, V>(row, M, rows, b, b_ld, out);
 }
 
 // One panel of `width` registers (rows of B b_ld apart; packed: width * lanes) against M rows of A.
 template <class C, class Out>
-EFFOPS_INLINE void gemm_panel(index_t width, index_t M, const C* a, index_t a_row, index_t a_k, const C* b, index_t b_ld, index_t k, const Out& out) {
+EFFOPS_INLINE void gemm_panel(index_t width, index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld, const Out& out) {
   switch (width) {
     case 1:
-      return gemm_panel_rows<1>(M, a, a_row, a_k, b, b_ld, k, out);
+      return gemm_panel_rows<1>(M, rows, b, b_ld, out);
     case 2:
-      return gemm_panel_rows<2>(M, a, a_row, a_k, b, b_ld, k, out);
+      return gemm_panel_rows<2>(M, rows, b, b_ld, out);
 #if EFFOPS_VECTOR_BYTES == 64
     case 3:
-      return gemm_panel_rows<3>(M, a, a_row, a_k, b, b_ld, k, out);
-    case 4:
-      return gemm_panel_rows<4>(M, a, a_row, a_k, b, b_ld, k, out);
+      return gemm_panel_rows<3>(M, rows, b, b_ld, out);
 #endif
     default:
       __builtin_unreachable();
@@ -194,59 +246,58 @@ inline void pack_panel_pairs(const bf16* matrix, index_t row_stride, index_t col
 }
 
 template <int R, int V, class Out>
-__attribute__((noinline)) void gemm_tile_pairs(const bf16* __restrict a, index_t a_row, const std::uint32_t* __restrict b, index_t k, const Out& out,
-                                               index_t row) {
+__attribute__((noinline)) void gemm_tile_pairs(const RowsOfA<bf16>& rows, const std::uint32_t* b, Out out, index_t row) {
   vec<float> acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) out.template init<V>(acc[r]);
-  for (index_t i = 0; i < k; ++i) {
-    __m512bh w[V];
+  for (int piece = 0; piece < 2; ++piece) {
+    const bf16* a = rows.data[piece];
+    const index_t a_row = rows.row[piece];
+    constexpr int kHalf = (R + 1) / 2;
+    const bf16* upper = a + kHalf * a_row;
+    for (index_t i = rows.k[piece]; i > 0; --i) {
+      __m512bh w[V];
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) w[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
+      for (int v = 0; v < V; ++v) w[v] = (__m512bh)_mm512_loadu_si512(b + v * 16);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      int pair;
-      __builtin_memcpy(&pair, a + r * a_row + 2 * i, 4);
-      const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
+      for (int r = 0; r < R; ++r) {
+        int pair;
+        __builtin_memcpy(&pair, r < kHalf ? a + r * a_row : upper + (r - kHalf) * a_row, 4);
+        const __m512bh x = (__m512bh)_mm512_set1_epi32(pair);
 #pragma GCC unroll 4
-      for (int v = 0; v < V; ++v) acc[r][v] = (vec<float>)_mm512_dpbf16_ps((__m512)acc[r][v], x, w[v]);
+        for (int v = 0; v < V; ++v) acc[r][v] = (vec<float>)_mm512_dpbf16_ps((__m512)acc[r][v], x, w[v]);
+      }
+      a += 2;
+      upper += 2;
+      b += V * 16;
     }
-    b += V * 16;
   }
-#pragma GCC unroll 16
-  for (int r = 0; r < R; ++r) out.template finish<V>(row + r, acc[r]);
+  out.template finish<R, V>(row, acc);
 }
 
 template <int R, int V, class Out>
-EFFOPS_INLINE void gemm_remainder_pairs(index_t rows, const bf16* a, index_t a_row, const std::uint32_t* b, index_t k, const Out& out, index_t row) {
-  if constexpr (R > 0) {
-    if (rows == R) {
-      gemm_tile_pairs<R, V>(a, a_row, b, k, out, row);
-    } else {
-      gemm_remainder_pairs<R - 1, V>(rows, a, a_row, b, k, out, row);
-    }
-  }
+EFFOPS_INLINE void gemm_some_pairs(index_t& row, index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b, const Out& out) {
+  for (; row + R <= M; row += R) gemm_tile_pairs<R, V>(rows.skip(row), b, out, row);
 }
 
 template <int V, class Out>
-void gemm_panel_rows_pairs(index_t M, const bf16* a, index_t a_row, const std::uint32_t* b, index_t k, const Out& out) {
-  constexpr int R = rows_for(V);
+void gemm_panel_rows_pairs(index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b, const Out& out) {
   index_t row = 0;
-  for (; row + R <= M; row += R) gemm_tile_pairs<R, V>(a + row * a_row, a_row, b, k, out, row);
-  gemm_remainder_pairs<R - 1, V>(M - row, a + row * a_row, a_row, b, k, out, row);
+  gemm_some_pairs<rows_for(V), V>(row, M, rows, b, out);
+  gemm_some_pairs<4, V>(row, M, rows, b, out);
+  gemm_some_pairs<1, V>(row, M, rows, b, out);
 }
 
+// k counts pairs.
 template <class Out>
-EFFOPS_INLINE void gemm_panel_pairs(index_t width, index_t M, const bf16* a, index_t a_row, const std::uint32_t* b, index_t k, const Out& out) {
+EFFOPS_INLINE void gemm_panel_pairs(index_t width, index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b, const Out& out) {
   switch (width) {
     case 1:
-      return gemm_panel_rows_pairs<1>(M, a, a_row, b, k, out);
+      return gemm_panel_rows_pairs<1>(M, rows, b, out);
     case 2:
-      return gemm_panel_rows_pairs<2>(M, a, a_row, b, k, out);
+      return gemm_panel_rows_pairs<2>(M, rows, b, out);
     case 3:
-      return gemm_panel_rows_pairs<3>(M, a, a_row, b, k, out);
-    case 4:
-      return gemm_panel_rows_pairs<4>(M, a, a_row, b, k, out);
+      return gemm_panel_rows_pairs<3>(M, rows, b, out);
     default:
       __builtin_unreachable();
   }
