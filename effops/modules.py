@@ -235,7 +235,7 @@ def _update_running_statistics(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor, 
         norm.num_batches_tracked.add_(1)
         if momentum is None:
             momentum = 1.0 / float(norm.num_batches_tracked)
-    if norm.running_mean is None or count == 0:
+    if norm.running_mean is None:
         return
     momentum = 0.0 if momentum is None else momentum
     unbiased = var * (count / (count - 1))
@@ -954,7 +954,8 @@ class FusedDSConv(_FusedBlock):
             if residual is not None:
                 raise ValueError(f"{type(self).__name__}: residual given, but residual=True already adds the input")
             residual = input
-        if not self._fuses():
+        empty = input.shape[0] == 0 and _takes_batch_statistics(self.dw_norm)  # no statistics; torch lets it pass
+        if empty or not self._fuses():
             return self._forward_unfused(input, residual)
         operands, dw_arguments = self._dw_arguments(input)
         stages = self._tail_stages(residual)

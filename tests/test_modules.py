@@ -256,7 +256,8 @@ def test_one_value_per_channel_is_refused_as_by_torch(backend: str) -> None:
     x = image(1, 6, 1, 1)
     for network in (module, twin):
         with pytest.raises(
-            ValueError, match=r"Expected more than 1 value per channel when training, got input size torch.Size\(\[1, 6, 1, 1\]\)"
+            ValueError,
+            match=r"Expected more than 1 value per channel when training, got input size torch.Size\(\[1, 6, 1, 1\]\)",
         ):
             network.train()(x)
         assert network.dw_norm.num_batches_tracked == (network is twin)  # ours checks before it counts
@@ -265,7 +266,11 @@ def test_one_value_per_channel_is_refused_as_by_torch(backend: str) -> None:
 def test_empty_batch(backend: str) -> None:
     make, _ = ds_conv("mobilenet_s2")
     module, twin, _ = trio(make, torch.float32, backend)
-    assert module.eval()(torch.empty(0, 6, 9, 7)).shape == twin.eval()(torch.empty(0, 6, 9, 7)).shape
+    for train in (False, True):
+        x = torch.empty(0, 6, 9, 7)
+        assert module.train(train)(x).shape == twin.train(train)(x).shape == (0, 10, 5, 4)
+    for name, buffer in twin.named_buffers():
+        assert torch.equal(dict(module.named_buffers())[name], buffer), name
 
 
 def test_nothing_is_cached(backend: str) -> None:
