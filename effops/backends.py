@@ -11,6 +11,7 @@ A new backend is one `Backend` in `BACKENDS`, and its operators in the `KERNELS`
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -47,18 +48,18 @@ class Call(NamedTuple):
     shape: tuple[int, ...]
 
 
-class Backend:
+class Backend(ABC):
     """One way to run the operators."""
 
     name: str
 
+    @abstractmethod
     def why_not(self, call: Call) -> Sequence[str]:
         """Why this backend cannot run the call; empty where it can."""
-        raise NotImplementedError
 
+    @abstractmethod
     def worth_it(self, call: Call) -> bool:
         """The cost rule of "auto": False where a later backend is faster on this call."""
-        raise NotImplementedError
 
 
 class _Reference(Backend):
@@ -248,7 +249,7 @@ def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
         if backend is not taken:
             reasons = backend.why_not(call)
             after = BACKENDS.index(backend) > BACKENDS.index(taken)
-            fallback = "comes later in the list" if after else "the cost rule prefers another, or another was asked for"
+            fallback = "comes later in the list" if after else "another was asked for, or the cost rule prefers it"
             why_not[backend.name] = "; ".join(reasons) or fallback
     return ExplainedCall(module, call.name, _describe(call), kernel, output, taken.name, why_not)
 

@@ -66,7 +66,9 @@ def _backends() -> dict[str, str]:
     call = backends.Call(
         "dwconv", "info", x, x.new_zeros(8, 1, 3, 3), None, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], (1, 8, 8, 8)
     )
-    return {b.name: "; ".join(_safe(lambda b=b: b.why_not(call))) or "works" for b in backends.BACKENDS}
+    return {
+        backend.name: _safe(lambda b=backend: "; ".join(b.why_not(call)) or "works") for backend in backends.BACKENDS
+    }
 
 
 def _kernels() -> dict[str, Any]:
