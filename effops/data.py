@@ -58,7 +58,7 @@ def open_source(images: Path | None = None) -> Source:
     """Finds the photographs.
 
     Args:
-        images: a folder of images or a tar of them; None takes ../shared/data/imagenet_sample beside the repository
+        images: a folder of images, a tar of them, or one image; None takes ../shared/data/imagenet_sample beside the repository
             where it is there, else the photographs inside the installed scikit-image.
 
     Raises:
@@ -67,9 +67,11 @@ def open_source(images: Path | None = None) -> Source:
     if images is not None:
         if images.is_dir():
             return _folder(images)
+        if images.is_file() and images.suffix.lower() in SUFFIXES:
+            return Source(f"the image {images}", [images.name], lambda name: _decode(name, _bytes(images)))
         if images.is_file():
             return _tar(images)
-        raise RuntimeError(f"{images} does not exist: --images takes a folder of images, or a tar of them")
+        raise RuntimeError(f"{images} does not exist: --images takes a folder of images, a tar of them, or one image")
     sample = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
     if sample.is_dir():
         return _folder(sample)

@@ -391,6 +391,7 @@ def _chart(path: Path, rows: Sequence[Timing], results: dict[str, Agreement]) ->
         places = [index + 0.27 * (offset - 1) for index in range(len(names))]
         right.bar(places, [max(getattr(results[n], field), 1e-12) for n in names], 0.25, color=colour, label=label)
     right.set_yscale("log")
+    right.set_ylim(bottom=min(result.effops_error for result in results.values()) / 10 or 1e-12)
     right.set_xticks(range(len(names)), names, fontsize=8)
     right.set_title("Largest logit error against float64")
     right.legend()
@@ -411,7 +412,7 @@ def _record(value: Any) -> Any:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `effops run`."""
-    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, or a tar of them")
+    parser.add_argument("--images", type=Path, metavar="DIR", help="folder of images, a tar of them, or one image")
     parser.add_argument("--count", type=int, default=12, help="photographs to use, evenly spread; 0: all (default: 12)")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="another state dict for MobileNetV2")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the results (default: runs/<time>)")
