@@ -635,6 +635,11 @@ def describe(result: dict) -> list[str]:
     """What run.py prints at the end: the targets this result speaks about, then its table."""
     targets = _TARGETS.get(result["suite"], lambda _: [])(result)
     lines = [f"{target}: {measured} [{met.strip('*')}]" for target, measured, met in targets]
+    shares = [e.share for row in result["rows"] if "sides" in row and (e := _entry(row, peaks(result)))]
+    if any(share > 1.02 for share in shares):
+        lines.insert(
+            0, "VOID: more than the measured FMA peak was reached, so the probe was disturbed: machine not quiet"
+        )
     return [*lines, *(BLOCKS[result["suite"]]([result]).splitlines())]
 
 

@@ -285,7 +285,7 @@ def run(suite: str, args: argparse.Namespace) -> dict:
         processes = args.processes if threads > 1 or suite == "overhead" else args.processes_single
         overheads: list[dict] = []
         for process in range(processes):
-            probes.append(machine.probe(binary, threads))
+            probes.append(machine.probe(binary, threads) | {"load": round(os.getloadavg()[0], 2)})
             elapsed = time.monotonic() - started
             round_ = f"process {process + 1}/{processes}"
             _say(f"{suite}: {threads} threads, {round_}, {len(jobs)} jobs, after {elapsed:.0f} s")

@@ -16,7 +16,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report  # noqa: E402 (the benchmarks are no part of the installed package)
+from benchmarks import report, run  # noqa: E402 (the benchmarks are no part of the installed package)
 
 DOCUMENT = "# Title\n\n<!-- bench:begin {0} -->\nold words\n<!-- bench:end {0} -->\n\nThe end.\n"
 
@@ -286,6 +286,33 @@ def test_plot_is_well_formed_deterministic_and_shows_every_shape():
     texts = [node.text for node in ElementTree.fromstring(svg).iter("{http://www.w3.org/2000/svg}text")]
     assert {"net-a", "net-b", "net-c", "2.00", "0.75", "batch 1, 2 threads"} <= set(texts)
     assert report.ratio_plot(result("dsconv", []))
+
+
+def test_a_run_with_more_than_the_peak_is_called_void():
+    rows = [pair("net-a", 1, {"effops/nchw": side(90.0), "eager/nchw": side(100.0)})]
+    assert report.describe(result("dsconv", rows))[0].startswith("VOID")
+    assert not any(line.startswith("VOID") for line in report.describe(dsconv()))
+
+
+def test_run_keeps_the_best_median_of_the_processes_and_distrusts_a_side_that_failed_once():
+    job = run.Job({"kind": "pair"}, ("effops",), {"kind": "pair"})
+    job.add("effops", {"sides": {"nchw": side(3.0), "channels_last": side(5.0)}})
+    job.add("effops", {"sides": {"nchw": side(2.0), "channels_last": {"error": "wrong result"}}})
+    job.add("effops", {"sides": {"nchw": side(4.0), "channels_last": side(1.0)}})
+    sides = job.row()["sides"]
+    assert sides["effops/nchw"]["median_us"] == 2.0 and sides["effops/nchw"]["medians_us"] == [3.0, 2.0, 4.0]
+    assert sides["effops/nchw"]["p20_us"] == pytest.approx(1.8)
+    assert sides["effops/channels_last"] == {"error": "wrong result"}
+
+
+def test_run_fails_on_effops_errors_only():
+    sides = {"effops/nchw": {"error": "wrong"}, "inductor/nchw": {"error": "no compiler"}}
+    assert run.failures(result("dsconv", [pair("net-a", 1, sides)])) == ["pair net-a b1 t1 float32 effops/nchw: wrong"]
+
+
+def test_run_writes_what_report_reads(root):
+    run.write(dsconv(), root / "benchmarks" / "results" / "dsconv.json")
+    assert report.load(root / "benchmarks" / "results") == [dsconv()]
 
 
 def test_report_needs_nothing_but_the_standard_library():

@@ -116,7 +116,8 @@ int main(int argc, char** argv) {
 #else
   const double bf16 = 0;  // no bf16 dot product instruction
 #endif
-  std::printf("{\"threads\": %d, \"vector_bits\": %d, \"fp32_gflops\": %.2f, \"bf16_gflops\": %.2f, \"copy_gbs\": %.2f}\n",
-              threads, kVectorBytes * 8, fp32, bf16, copy_bandwidth(threads));
+  std::printf(
+      "{\"threads\": %d, \"vector_bits\": %d, \"fp32_gflops\": %.2f, \"bf16_gflops\": %.2f, \"copy_gbs\": %.2f}\n",
+      threads, kVectorBytes * 8, fp32, bf16, copy_bandwidth(threads));
   return 0;
 }
