@@ -58,8 +58,8 @@ def open_source(images: Path | None = None) -> Source:
     """Finds the photographs.
 
     Args:
-        images: a folder of images, a tar of them, or one image; None takes ../shared/data/imagenet_sample beside the repository
-            where it is there, else the photographs inside the installed scikit-image.
+        images: a folder of images, a tar of them, or one image; None takes ../shared/data/imagenet_sample beside the
+            repository where it is there, else the photographs inside the installed scikit-image.
 
     Raises:
         RuntimeError: the path does not exist or holds no images, or there is nothing to fall back to.

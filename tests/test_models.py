@@ -83,11 +83,11 @@ def test_trains_like_its_twin(name: str, backend: str) -> None:
     torch.manual_seed(0)
     model, twin = create_model(name).double(), create_model(name, reference=True).double()
     twin.load_state_dict(model.state_dict())
-    x, results = picture(32, 3).double(), []
+    x, results = picture(64, 4).double(), []  # few values a channel would make batch norms chaotic
     for network in (model, twin):
         torch.manual_seed(1)  # the same dropout
         with effops.use_backend(backend):
-            loss = nn.functional.cross_entropy(network(x), torch.tensor([1, 2, 3]))
+            loss = nn.functional.cross_entropy(network(x), torch.tensor([1, 2, 3, 4]))
             loss.backward()
         grads = {f"{key} grad": p.grad for key, p in network.named_parameters()}
         results.append({"loss": loss.detach()} | grads | dict(network.named_buffers()))
@@ -97,7 +97,7 @@ def test_trains_like_its_twin(name: str, backend: str) -> None:
             continue
         error = (results[0][key] - expected).norm()
         # A bias ahead of a batch norm has no gradient but rounding: hence the absolute part.
-        assert error <= 1e-8 * expected.norm() + 1e-10, f"{key}: {error:.1e} against {expected.norm():.1e}"
+        assert error <= 1e-10 * expected.norm() + 1e-12, f"{key}: {error:.1e} against {expected.norm():.1e}"
 
 
 def test_whole_networks_use_the_fused_functions() -> None:
