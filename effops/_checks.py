@@ -390,7 +390,9 @@ def autocast_dtype(op: str, input: Tensor) -> torch.dtype | None:
     """The dtype that autocast asks for on the input's device, or None."""
     check_input(op, input)
     device = input.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
 
 
 def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:

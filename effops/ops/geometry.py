@@ -162,13 +162,12 @@ def memory_format(channels_last: int | bool) -> torch.memory_format:
 def in_format(x: Tensor, channels_last: int | bool) -> Tensor:
     """Returns `x` laid out as a fresh tensor of that memory format would be, strides of size-1 dimensions included.
 
-    `Tensor.contiguous` keeps the strides it finds where C = 1 or H = W = 1: two backends could return different ones.
+    `Tensor.contiguous` keeps the strides it finds where C = 1 or H = W = 1, and `F.conv2d` of an empty batch returns
+    strides of 0: two backends could return different ones.
     """
     if torch._C._are_functorch_transforms_active():  # vmap has its own layout and refuses memory formats
         return x
-    n, c, h, w = x.shape
-    if n == 0 or c == 0 or h == 0 or w == 0:
-        return x
+    _, c, h, w = x.shape
     expected = (h * w * c, 1, w * c, c) if channels_last else (c * h * w, h * w, w, 1)
     if x.stride() == expected:
         return x

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -41,11 +43,19 @@ def dwconv(input: Tensor, weight: Tensor, geometry: list[int], epilogue: Epilogu
     return G.in_format(apply_epilogue(u, epilogue), geometry[G.CHANNELS_LAST])
 
 
+def without_autocast(input: Tensor) -> AbstractContextManager:
+    """Keeps autocast from casting float32 tensors back to the half type they came from."""
+    device = input.device.type
+    return torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext()
+
+
 def dwconv_stats(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> tuple[Tensor, Tensor]:
     """Mean and population variance of conv + bias over N, P, Q, per output channel; float32 for half types."""
     if input.dtype in (torch.float16, torch.bfloat16):
-        input, weight = input.float(), weight.float()
-    u = convolve(input, weight, None, geometry)
+        with without_autocast(input):
+            u = convolve(input.float(), weight.float(), None, geometry)
+    else:
+        u = convolve(input, weight, None, geometry)
     if bias is not None:
         u = u + bias.view(-1, 1, 1)
     var, mean = torch.var_mean(u, dim=(0, 2, 3), correction=0)
