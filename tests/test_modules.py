@@ -17,6 +17,9 @@ from torch import Tensor, nn
 import effops
 from effops import modules, stock
 
+# torch's own remark on the twin's even kernels.
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 BN = nn.BatchNorm2d
 Inputs = tuple[Tensor, ...]
 
