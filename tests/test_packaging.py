@@ -25,7 +25,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BUILD_VARIABLES = ("EFFOPS_BUILD", "EFFOPS_SANITIZE", "CXX", "MAX_JOBS", "PYTHONPATH", "LD_PRELOAD")
 NOT_SOURCES = shutil.ignore_patterns(
-    ".*cache", ".git", ".venv", ".hypothesis", "build", "dist", "out", "*.egg-info", "__pycache__", "*.so", "*.tmp"
+    ".*cache", ".git", ".venv", ".hypothesis", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "*.tmp"
 )
 
 SHIPPED = ("effops", "csrc", "tests", "benchmarks")  # folders whose every source file is in the sdist
