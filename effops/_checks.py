@@ -37,12 +37,7 @@ _MAX_NUMEL = 2**63 - 1
 
 def check_input(op: str, input: Tensor) -> None:
     """input is a dense 4-D tensor of a real floating dtype."""
-    if (
-        isinstance(input, Tensor)
-        and input.dtype in FLOATS
-        and input.layout is torch.strided
-        and input.dim() == 4
-    ):  # fmt: skip
+    if isinstance(input, Tensor) and input.dtype in FLOATS and input.layout is torch.strided and input.dim() == 4:
         return
     require_image(op, "input", input, "[N,C,H,W]")
 

@@ -41,15 +41,10 @@ def _load() -> str | None:
     return None
 
 
-def _already_defined() -> bool:
-    """True where the namespace is taken already, e.g. by a library that registered its schemas and then failed."""
-    return any(name.startswith("effops::") for name in torch._C._dispatch_get_all_op_names())
-
-
 why_not_loaded: str | None = _load()
 kernels_loaded: bool = why_not_loaded is None
 
-if kernels_loaded or _already_defined():
+if kernels_loaded:
     lib = torch.library.Library("effops", "FRAGMENT")
 else:
     lib = torch.library.Library("effops", "DEF")

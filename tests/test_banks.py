@@ -1,0 +1,63 @@
+"""The fixed kernels' values: VGNet's as printed (four decimals), the binomials by their definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import effops.functional as EF
+from effops.ops.dwconv import banks
+
+HALF, THIRD, SIXTH, TWELFTH = 1 / 2, 1 / 3, 1 / 6, 1 / 12
+EDGES = [
+    [[-HALF, -1, -HALF], [0, 0, 0], [HALF, 1, HALF]],
+    [[-HALF, 0, HALF], [-1, 0, 1], [-HALF, 0, HALF]],
+    [[-TWELFTH, -SIXTH, -TWELFTH], [-SIXTH, 1, -SIXTH], [-TWELFTH, -SIXTH, -TWELFTH]],
+    [[0, -1 / 4, 0], [-1 / 4, 1, -1 / 4], [0, -1 / 4, 0]],
+    [[-1, -2 * THIRD, -THIRD], [-2 * THIRD, 0, 2 * THIRD], [THIRD, 2 * THIRD, 1]],
+    [[-THIRD, -2 * THIRD, -1], [2 * THIRD, 0, -2 * THIRD], [1, 2 * THIRD, THIRD]],
+]
+GAUSSIAN_1_1 = [[0.0811, 0.1226, 0.0811], [0.1226, 0.1853, 0.1226], [0.0811, 0.1226, 0.0811]]
+GAUSSIAN_0_6 = [[0.0277, 0.1110, 0.0277], [0.1110, 0.4452, 0.1110], [0.0277, 0.1110, 0.0277]]
+GAUSSIAN_1_0 = [[0.0751, 0.1238, 0.0751], [0.1238, 0.2042, 0.1238], [0.0751, 0.1238, 0.0751]]
+
+
+def test_vgnet_banks_are_the_printed_ones() -> None:
+    expected = torch.tensor([*EDGES, GAUSSIAN_1_1, GAUSSIAN_0_6], dtype=torch.float64)[:, None]
+    found = banks.bank("vgnet8", dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+    assert torch.equal(banks.bank("vgnet4", dtype=torch.float64), found[:4])
+    assert torch.equal(banks.bank("vgnet_blur", dtype=torch.float64), found[6:7])
+    assert torch.equal(banks.bank("vgnet_blur_alternate", dtype=torch.float64), torch.cat((found[6:7], -found[6:7])))
+
+
+def test_sums() -> None:
+    sums = banks.bank("vgnet8", dtype=torch.float64).sum((1, 2, 3))
+    assert sums[:6].abs().max() < 1e-15
+    assert (sums[6:] - 1).abs().max() < 5e-4  # four decimals
+    for name in ("binomial3", "binomial5"):
+        assert banks.bank(name, dtype=torch.float64).sum() == 1
+
+
+def test_gaussian_of_any_sigma() -> None:
+    assert banks.gaussian(1.0) == tuple(map(tuple, GAUSSIAN_1_0))
+    full = torch.tensor(banks.gaussian(0.8, 5, decimals=None), dtype=torch.float64)
+    assert full.shape == (5, 5) and abs(full.sum() - 1) < 1e-15
+    ratio = torch.log(full[2, 2] / full[0, 1])  # r^2 = 4 + 1
+    torch.testing.assert_close(ratio, torch.tensor(5 / (2 * 0.8**2), dtype=torch.float64))
+
+
+def test_binomials() -> None:
+    assert torch.equal(banks.bank("binomial3")[0, 0] * 16, torch.tensor([[1.0, 2, 1], [2, 4, 2], [1, 2, 1]]))
+    line = torch.tensor([1.0, 4, 6, 4, 1])
+    assert torch.equal(banks.bank("binomial5")[0, 0] * 256, torch.outer(line, line))
+
+
+@pytest.mark.parametrize("multiplier", [1, 8])
+def test_output_channel_o_uses_kernel_o_mod_k(multiplier: int, backend: str) -> None:
+    x = torch.zeros(1, 12, 3, 3, dtype=torch.float64)
+    x[:, :, 1, 1] = 1  # an impulse gives the kernel, turned by 180 degrees
+    out = EF.fixed_filter_conv2d(x, "vgnet8", multiplier=multiplier, backend=backend)[0].flip(1, 2)
+    bank = banks.bank("vgnet8", dtype=torch.float64)[:, 0]
+    for channel in range(12 * multiplier):
+        assert torch.equal(out[channel], bank[channel % 8])
