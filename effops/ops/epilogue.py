@@ -69,7 +69,8 @@ def activate(x: Tensor, code: int, negative_slope: float) -> Tensor:
     if code == HARDSWISH:
         return F.hardswish(x)
     if code == HARDSIGMOID:
-        return F.hardsigmoid(x)
+        # F.hardsigmoid's backward multiplies by 1/6 rounded to float32, in float64 too (torch 2.13: off by 5e-9).
+        return F.relu6(x + 3) / 6 if x.dtype == torch.float64 else F.hardsigmoid(x)
     if code == SIGMOID:
         return torch.sigmoid(x)
     if code == GELU:
