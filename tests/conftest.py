@@ -1,9 +1,12 @@
-"""Fixtures of the whole suite: backends, seeds, poisoned memory, restored thread counts, GPU skips, hypothesis profiles."""
+"""Fixtures of the whole suite: backends, seeds, poisoned memory, thread counts, GPU skips, hypothesis profiles."""
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -46,6 +49,7 @@ def require_backend(name: str) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped, with the reason, where there is none")
+    poison_memory()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -69,6 +73,21 @@ def cpp() -> str:
     """For tests of the kernel library itself (raw operators, threads, instruction sets)."""
     require_backend("cpp")
     return "cpp"
+
+
+def poison_memory() -> None:
+    """Junk-fills what C++ allocates: deterministic mode's NaN fill reaches torch.empty, but not the stable ABI's shims.
+
+    Tensors: c10's CPU allocator writes 0x7fedbeef, a NaN in float32. Kernel scratch: glibc's malloc writes 0x7e.
+    """
+    if not sys.platform.startswith("linux"):
+        return
+    c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
+    ctypes.c_bool.in_dll(c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        m_perturb = -6
+        libc.mallopt(m_perturb, 0x7E ^ 0xFF)
 
 
 @pytest.fixture(autouse=True)

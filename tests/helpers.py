@@ -57,6 +57,8 @@ def activate(value: Tensor, name: str, slope: float) -> Tensor:
     """The activation ``name``; ``slope`` is used by leaky_relu alone."""
     if name == "leaky_relu":
         return F.leaky_relu(value, slope)
+    if name == "hardsigmoid" and value.dtype == torch.float64:
+        return (value + 3).clamp(0, 6) / 6  # F.hardsigmoid's derivative is 1/6 rounded to float32, in float64 too
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "none": lambda v: v,
         "relu": F.relu,
@@ -173,7 +175,9 @@ def describe_errors(error: Tensor, allowed: float) -> str:
     return f"{len(wrong)} of {error.numel()} wrong, first at {tuple(wrong[0].tolist())}; " + "; ".join(spans)
 
 
-def assert_within_budget(actual: Tensor, truth: Tensor, yardstick: Tensor | None, what: str) -> None:
+def assert_within_budget(
+    actual: Tensor, truth: Tensor, yardstick: Tensor | None, what: str, computed_in: torch.dtype | None = None
+) -> None:
     """DESIGN's error budget: ``error <= 2 (torch's error + one rounding of the largest value)`` and a norm bound.
 
     Args:
@@ -182,7 +186,9 @@ def assert_within_budget(actual: Tensor, truth: Tensor, yardstick: Tensor | None
         yardstick: the oracle in ``actual``'s dtype. Not used for float64, where it would be the truth itself: there
             both the largest and the norm-wise error are held to 1e-12 of the truth's.
         what: named in the failure message.
+        computed_in: the dtype whose rounding counts where it is not ``actual``'s (float32 statistics of bfloat16).
     """
+    dtype = computed_in or actual.dtype
     assert actual.shape == truth.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(truth.shape)}"
     if actual.numel() == 0:
         return
@@ -191,13 +197,13 @@ def assert_within_budget(actual: Tensor, truth: Tensor, yardstick: Tensor | None
     finite = torch.isfinite(actual64)
     assert finite.all(), f"{what}: not finite; {describe_errors(error, float('inf'))}"
     largest = truth.abs().max().item()
-    bound = NORM_BOUND[actual.dtype]
-    if actual.dtype == torch.float64:
+    bound = NORM_BOUND[dtype]
+    if dtype == torch.float64:
         allowed = bound * largest
     else:
         assert yardstick is not None and yardstick.dtype == actual.dtype
         torch_error = (yardstick.detach().double() - truth).abs().max().item()
-        allowed = 2 * (torch_error + torch.finfo(actual.dtype).eps * largest)
+        allowed = 2 * (torch_error + torch.finfo(dtype).eps * largest)
     worst = error.max().item()
     assert worst <= allowed, f"{what}: error {worst:.3e} > {allowed:.3e}; {describe_errors(error, allowed)}"
     relative = error.norm().item()
@@ -216,7 +222,7 @@ def generator(seed: str) -> torch.Generator:
 
 
 def draw(shape: Iterable[int], gen: torch.Generator, data: str, scale: float = 1.0) -> Tensor:
-    """Float64 values: "normal" (every bit of the mantissa used), or "exact" (small integers: short sums do not round)."""
+    """Float64 values: "normal" (every bit of the mantissa used) or "exact" (small integers: sums do not round)."""
     if data == "exact":
         return torch.randint(-2, 3, tuple(shape), generator=gen).double()
     return torch.randn(tuple(shape), generator=gen, dtype=torch.float64) * scale
@@ -489,4 +495,5 @@ def check_gradients(
     assert list(actual) == list(truth)
     for name, grad in actual.items():
         assert grad.dtype == tensors[name].dtype, f"gradient of {name} is {grad.dtype}"
-        assert_within_budget(grad, truth[name], yardstick[name], f"{case.id} {backend} gradient of {name}")
+        what = f"{case.id} {backend} gradient of {name}"
+        assert_within_budget(grad, truth[name], yardstick[name], what, computed_in=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import pytest
@@ -185,20 +186,16 @@ def test_ambiguous_strides_follow_conv2d(shape: tuple, memory_format: torch.memo
     torch.testing.assert_close(out, F.conv2d(x, weight, padding=1, groups=shape[1]))
 
 
-def test_poison_reaches_the_kernels(backend: str) -> None:
-    """What the suite's NaN poison rests on: torch.empty is filled, and so is the output that a kernel allocates."""
-    assert torch.empty(3).isnan().all()
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocators' junk fill is set up on Linux only")
+def test_poison_reaches_the_kernels(cpp: str) -> None:
+    """What the suite's poison rests on: torch.empty holds NaN, with and without deterministic mode, and a kernel's
+    output comes from the same allocator (the profiler sees only what it hands out)."""
     case = DW_CASES[4]
     tensors = make_tensors(case, torch.float32)
-    call(tensors, case, backend)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        call(tensors, case, backend)
-    events = profile.events()
-    outer = [event for event in events if event.name == "effops::dwconv_fwd"] if backend == "cpp" else events
-    assert outer
-
-    def descendants(event: torch.autograd.profiler_util.FunctionEvent) -> list[str]:
-        return [event.name] + [name for child in event.cpu_children for name in descendants(child)]
-
-    names = [name for event in outer for name in descendants(event)]
-    assert "aten::fill_" in names, f"no fill among {names}"
+    assert torch.empty(1000).isnan().all()
+    torch.use_deterministic_algorithms(False)
+    assert torch.empty(1000).isnan().all()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        out = call(tensors, case, cpp)
+    (event,) = [event for event in profile.events() if event.name == "effops::dwconv_fwd"]
+    assert event.self_cpu_memory_usage == out.numel() * out.element_size()

@@ -1,4 +1,4 @@
-"""Random operators, shapes, strides, layouts, dtypes and epilogues together, held to the same budget as the named cases.
+"""Random operators, shapes, strides, layouts, dtypes and epilogues, held to the same budget as the named cases.
 
 ``EFFOPS_HYPOTHESIS`` sets the number of examples; setting it outside CI also draws new ones each run.
 """
@@ -13,8 +13,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 LAYOUTS = (
-    "contiguous", "channels_last", "cl_chunk", "cl_odd_chunk", "cl_crop", "offset", "crop", "every_second", "transposed",
-    "batch_last", "expand_batch", "expand_channels", "expand_space",
+    "contiguous", "channels_last", "cl_chunk", "cl_odd_chunk", "cl_crop", "offset", "crop", "every_second",
+    "transposed", "batch_last", "expand_batch", "expand_channels", "expand_space",
 )  # fmt: skip
 SMOOTH = tuple(name for name in ACTIVATIONS if name not in KINKS)
 CHANNELS = st.one_of(st.integers(1, 20), st.sampled_from((24, 28, 31, 33, 40)))

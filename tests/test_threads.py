@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DS_CASES, DW_CASES, DsCase, DwCase
+from conftest import poison_memory
 from helpers import (
     assert_within_budget,
     call,
@@ -124,8 +125,7 @@ def _cpu_flags() -> set[str]:
 
 def numerics_of_this_process() -> str:
     """Compact numerics of whatever instruction set this process has chosen; run in a subprocess by test_isa."""
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    poison_memory()
     small = [c for c in [*DW_CASES, *DS_CASES] if c.h * c.w < 400]
     for case in small:
         check_forward(case, torch.float32, "cpp")
