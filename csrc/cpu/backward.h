@@ -67,7 +67,11 @@ class GradInputRing {
 
  public:
   GradInputRing(Arena& arena, const DepthwiseGeometry& g, const TensorRef& destination, const C* weights)
-      : g_(g), destination_(destination), weights_(weights), ld_(round_up(g.out_channels(), kLanes<C>)), capacity_((g.R - 1) * g.dilation_h + 1) {
+      : g_(g),
+        destination_(destination),
+        weights_(weights),
+        ld_(round_up(g.out_channels(), kLanes<C>)),
+        capacity_((g.R - 1) * g.dilation_h + 1) {
     if (wanted()) ring_ = static_cast<C*>(arena.allocate(capacity_ * g.W * ld_ * sizeof(C)));
   }
 
@@ -177,7 +181,8 @@ class GradDepthwiseWeight {
   using C = compute<T>;
 
  public:
-  GradDepthwiseWeight(const DepthwiseGeometry& g, C* sums) : g_(g), sums_(sums), ld_(round_up(g.out_channels(), kLanes<C>)) {}
+  GradDepthwiseWeight(const DepthwiseGeometry& g, C* sums)
+      : g_(g), sums_(sums), ld_(round_up(g.out_channels(), kLanes<C>)) {}
   bool wanted() const { return sums_ != nullptr; }
 
   void add(RowSource<T>& source, index_t n, index_t p, const C* grad, index_t grad_ld) const {
@@ -198,7 +203,8 @@ class GradDepthwiseWeight {
 
  private:
   template <bool Full>
-  EFFOPS_INLINE void one_register(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums, index_t lanes) const {
+  EFFOPS_INLINE void one_register(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums,
+                                  index_t lanes) const {
     if (g_.S == 3 && g_.dilation_w == 1 && g_.stride_w == 1) {
       taps_together<Full, 3, 1>(x, pixel_stride, grad, grad_ld, sums, lanes);
     } else if (g_.S == 3 && g_.dilation_w == 1 && g_.stride_w == 2) {
@@ -209,7 +215,8 @@ class GradDepthwiseWeight {
   }
 
   template <bool Full>
-  void one_tap(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums, index_t lanes, index_t t, index_t begin, index_t end) const {
+  void one_tap(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums, index_t lanes, index_t t,
+               index_t begin, index_t end) const {
     const index_t shift = t * g_.dilation_w - g_.pad_left;
     vec<C> acc{};
     for (index_t q = imax(begin, shift < 0 ? ceil_div(-shift, g_.stride_w) : 0); q < end; ++q) {
@@ -221,7 +228,8 @@ class GradDepthwiseWeight {
   }
 
   template <bool Full, int S, int Stride>
-  __attribute__((noinline)) void taps_together(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums, index_t lanes) const {
+  __attribute__((noinline)) void taps_together(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld,
+                                               C* sums, index_t lanes) const {
     constexpr int kPixels = 4;
     const index_t first = imin(g_.Q, ceil_div(g_.pad_left, Stride));
     const index_t room = g_.W - S + g_.pad_left;

@@ -32,8 +32,9 @@ void check_same_dtype(const Tensor& tensor, const Tensor& input, const char* nam
 void check_sizes(const Tensor& tensor, index_t n, index_t c, index_t h, index_t w, const char* name) {
   check_map(tensor, name);
   const auto sizes = tensor.sizes();
-  STD_TORCH_CHECK(sizes[0] == n && sizes[1] == c && sizes[2] == h && sizes[3] == w, "effops: ", name, " must have shape [", n, ", ", c, ", ", h, ", ", w,
-                  "], got [", sizes[0], ", ", sizes[1], ", ", sizes[2], ", ", sizes[3], "]");
+  STD_TORCH_CHECK(sizes[0] == n && sizes[1] == c && sizes[2] == h && sizes[3] == w, "effops: ", name,
+                  " must have shape [", n, ", ", c, ", ", h, ", ", w, "], got [", sizes[0], ", ", sizes[1], ", ",
+                  sizes[2], ", ", sizes[3], "]");
 }
 
 TensorRef tensor_ref(const Tensor& tensor) {
@@ -57,29 +58,36 @@ namespace {
 // Static arguments stay below 2^31, so that no sum or product of two of them overflows.
 constexpr index_t kLimit = (index_t{1} << 31) - 1;
 
-index_t output_size(index_t input, index_t pad_a, index_t pad_b, index_t kernel, index_t stride, index_t dilation, const char* axis) {
+index_t output_size(index_t input, index_t pad_a, index_t pad_b, index_t kernel, index_t stride, index_t dilation,
+                    const char* axis) {
   const index_t span = (kernel - 1) * dilation + 1;
-  STD_TORCH_CHECK(input + pad_a + pad_b >= span, "effops: the kernel spans ", span, " pixels along ", axis, ", the padded input has ", input + pad_a + pad_b);
+  STD_TORCH_CHECK(input + pad_a + pad_b >= span, "effops: the kernel spans ", span, " pixels along ", axis,
+                  ", the padded input has ", input + pad_a + pad_b);
   return (input + pad_a + pad_b - span) / stride + 1;
 }
 
 }  // namespace
 
-StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& geometry, std::size_t expected_size, const char* op) {
+StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& geometry, std::size_t expected_size,
+                         const char* op) {
   check_map(input, "input");
   check_map(weight, "weight");
   check_same_dtype(weight, input, "weight");
-  STD_TORCH_CHECK(geometry.size() == expected_size, "effops::", op, ": geometry must hold ", expected_size, " integers, got ", geometry.size());
+  STD_TORCH_CHECK(geometry.size() == expected_size, "effops::", op, ": geometry must hold ", expected_size,
+                  " integers, got ", geometry.size());
   for (std::size_t i = 0; i < geometry.size(); ++i) {
     const bool positive = i < 2 || (i >= 6 && i <= 8);  // strides, dilations, multiplier
-    STD_TORCH_CHECK(geometry[i] >= (positive ? 1 : 0) && geometry[i] <= kLimit, "effops::", op, ": geometry[", i, "] = ", geometry[i], " is out of range");
+    STD_TORCH_CHECK(geometry[i] >= (positive ? 1 : 0) && geometry[i] <= kLimit, "effops::", op, ": geometry[", i,
+                    "] = ", geometry[i], " is out of range");
   }
   const auto x = input.sizes();
   const auto w = weight.sizes();
-  STD_TORCH_CHECK(x[1] >= 1 && x[2] >= 1 && x[3] >= 1, "effops::", op, ": input must not be empty except along the batch");
+  STD_TORCH_CHECK(x[1] >= 1 && x[2] >= 1 && x[3] >= 1, "effops::", op,
+                  ": input must not be empty except along the batch");
   STD_TORCH_CHECK(w[0] >= 1 && w[1] == 1 && w[2] >= 1 && w[3] >= 1 && w[2] <= kLimit && w[3] <= kLimit, "effops::", op,
                   ": the depthwise weight must have shape [bank, 1, kh, kw] with sizes >= 1");
-  STD_TORCH_CHECK(x[1] <= kLimit && x[2] <= kLimit && x[3] <= kLimit, "effops::", op, ": channels, height and width must be below 2^31");
+  STD_TORCH_CHECK(x[1] <= kLimit && x[2] <= kLimit && x[3] <= kLimit, "effops::", op,
+                  ": channels, height and width must be below 2^31");
 
   StaticArgs result;
   DepthwiseGeometry& g = result.g;
@@ -92,10 +100,11 @@ StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& 
   g.P = output_size(g.H, geometry[2], geometry[3], g.R, g.stride_h, g.dilation_h, "the height");
   g.Q = output_size(g.W, geometry[4], geometry[5], g.S, g.stride_w, g.dilation_w, "the width");
   index_t elements = 0;
-  STD_TORCH_CHECK(!__builtin_mul_overflow(g.C, g.multiplier, &elements) && !__builtin_mul_overflow(elements, g.P, &elements) &&
-                      !__builtin_mul_overflow(elements, g.Q, &elements) && !__builtin_mul_overflow(elements, g.N, &elements) &&
-                      elements < std::numeric_limits<index_t>::max() / 64,
-                  "effops::", op, ": the output would have more elements than 64 bits can address");
+  STD_TORCH_CHECK(
+      !__builtin_mul_overflow(g.C, g.multiplier, &elements) && !__builtin_mul_overflow(elements, g.P, &elements) &&
+          !__builtin_mul_overflow(elements, g.Q, &elements) && !__builtin_mul_overflow(elements, g.N, &elements) &&
+          elements < std::numeric_limits<index_t>::max() / 64,
+      "effops::", op, ": the output would have more elements than 64 bits can address");
   result.channels_last = geometry[9] != 0;
   result.activation = read_activation(geometry[10]);
   result.post = read_activation(geometry[11]);
@@ -104,21 +113,25 @@ StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& 
 
 ChannelRef channel_ref(const OptionalTensor& vector, const Tensor& input, index_t channels, const char* name) {
   if (!vector.has_value()) return {};
-  STD_TORCH_CHECK(vector->is_cpu() && vector->dim() == 1 && vector->size(0) == channels, "effops: ", name, " must be a CPU vector of ", channels, " elements");
+  STD_TORCH_CHECK(vector->is_cpu() && vector->dim() == 1 && vector->size(0) == channels, "effops: ", name,
+                  " must be a CPU vector of ", channels, " elements");
   const DType dtype = dtype_of(*vector, name);
-  STD_TORCH_CHECK(dtype == DType::f32 || vector->scalar_type() == input.scalar_type(), "effops: ", name, " must have the dtype of input or float32");
+  STD_TORCH_CHECK(dtype == DType::f32 || vector->scalar_type() == input.scalar_type(), "effops: ", name,
+                  " must have the dtype of input or float32");
   return {vector->const_data_ptr(), vector->stride(0), dtype};
 }
 
-TensorRef residual_ref(const OptionalTensor& residual, const Tensor& input, index_t channels, const DepthwiseGeometry& g, const char* name) {
+TensorRef residual_ref(const OptionalTensor& residual, const Tensor& input, index_t channels,
+                       const DepthwiseGeometry& g, const char* name) {
   if (!residual.has_value()) return {};
   check_sizes(*residual, g.N, channels, g.P, g.Q, name);
   check_same_dtype(*residual, input, name);
   return tensor_ref(*residual);
 }
 
-EpilogueRef epilogue_ref(const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-                         const Tensor& input, index_t channels, const DepthwiseGeometry& g) {
+EpilogueRef epilogue_ref(const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                         const OptionalTensor& residual, const Tensor& input, index_t channels,
+                         const DepthwiseGeometry& g) {
   EpilogueRef e;
   e.bias = channel_ref(bias, input, channels, "bias");
   e.scale = channel_ref(scale, input, channels, "scale");
@@ -151,8 +164,8 @@ Tensor new_strided(ScalarType type, const std::int64_t* sizes, const std::int64_
 
 Tensor new_map(const Tensor& like, index_t n, index_t c, index_t h, index_t w, bool channels_last) {
   const std::array<std::int64_t, 4> sizes{n, c, h, w};
-  const std::array<std::int64_t, 4> strides =
-      channels_last ? std::array<std::int64_t, 4>{h * w * c, 1, w * c, c} : std::array<std::int64_t, 4>{c * h * w, h * w, w, 1};
+  const std::array<std::int64_t, 4> strides = channels_last ? std::array<std::int64_t, 4>{h * w * c, 1, w * c, c}
+                                                            : std::array<std::int64_t, 4>{c * h * w, h * w, w, 1};
   return new_strided(like.scalar_type(), sizes.data(), strides.data(), 4);
 }
 
@@ -170,10 +183,12 @@ Tensor new_like_shape(const Tensor& like) {
 
 void check_saved_output(const TensorRef& output, const EpilogueRef& e) {
   if (output.data == nullptr) return;
-  const bool readable = e.activation == Activation::relu || e.activation == Activation::relu6 || e.activation == Activation::sigmoid ||
-                        (e.activation == Activation::leaky_relu && e.slope > 0);
-  STD_TORCH_CHECK(readable && e.post == Activation::none && e.scale.data == nullptr && e.shift.data == nullptr && e.residual.data == nullptr,
-                  "effops: output may be given only under relu, relu6, sigmoid or leaky_relu without scale, shift, residual or post activation");
+  const bool readable = e.activation == Activation::relu || e.activation == Activation::relu6 ||
+                        e.activation == Activation::sigmoid || (e.activation == Activation::leaky_relu && e.slope > 0);
+  STD_TORCH_CHECK(readable && e.post == Activation::none && e.scale.data == nullptr && e.shift.data == nullptr &&
+                      e.residual.data == nullptr,
+                  "effops: output may be given only under relu, relu6, sigmoid or leaky_relu without scale, shift, "
+                  "residual or post activation");
 }
 
 Tensor new_statistic(const Tensor& input, index_t channels) {
@@ -184,9 +199,14 @@ Tensor new_statistic(const Tensor& input, index_t channels) {
 
 Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels, const char* name) {
   const ScalarType type = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == type, "effops: ", name,
-                  " must be a CPU vector of ", channels, " statistics");
+  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == type,
+                  "effops: ", name, " must be a CPU vector of ", channels, " statistics");
   return torch::stable::contiguous(tensor);
+}
+
+GradList::GradList(std::int64_t mask, int tensors) : mask_(mask) {
+  STD_TORCH_CHECK(mask >= 0 && mask >> tensors == 0, "effops: mask = ", mask, " asks for more than the ", tensors,
+                  " tensors of the forward operator");
 }
 
 TensorRef GradList::map(int bit, const Tensor& like, bool channels_last) {

@@ -37,14 +37,17 @@ struct StaticArgs {
   bool channels_last;
   Activation activation, post;
 };
-StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& geometry, std::size_t expected_size, const char* op);
+StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& geometry, std::size_t expected_size,
+                         const char* op);
 Activation read_activation(std::int64_t code);
 
 // The per-channel vector or residual of an epilogue, checked; absent where the optional is empty.
 ChannelRef channel_ref(const OptionalTensor& vector, const Tensor& input, index_t channels, const char* name);
-TensorRef residual_ref(const OptionalTensor& residual, const Tensor& input, index_t channels, const DepthwiseGeometry& g, const char* name);
-EpilogueRef epilogue_ref(const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-                         const Tensor& input, index_t channels, const DepthwiseGeometry& g);
+TensorRef residual_ref(const OptionalTensor& residual, const Tensor& input, index_t channels,
+                       const DepthwiseGeometry& g, const char* name);
+EpilogueRef epilogue_ref(const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
+                         const OptionalTensor& residual, const Tensor& input, index_t channels,
+                         const DepthwiseGeometry& g);
 
 Tensor new_map(const Tensor& like, index_t n, index_t c, index_t h, index_t w, bool channels_last);
 // A saved output may replace the recomputed sums only where the activation's derivative can be read off it.
@@ -52,14 +55,15 @@ void check_saved_output(const TensorRef& output, const EpilogueRef& epilogue);
 
 // Per-channel statistics are float32, float64 for float64 input.
 Tensor new_statistic(const Tensor& input, index_t channels);
-Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels, const char* name);  // checked and contiguous
+Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels,
+                 const char* name);  // checked and contiguous
 
 Tensor new_like_shape(const Tensor& like);  // contiguous, the same sizes and dtype
 
 // The gradients a backward operator returns: allocated when their bit is set, listed in the order of the bits.
 class GradList {
  public:
-  explicit GradList(std::int64_t mask) : mask_(mask) {}
+  GradList(std::int64_t mask, int tensors);  // of a forward operator with that many tensors
   TensorRef map(int bit, const Tensor& like, bool channels_last);
   TensorRef map(int bit, const OptionalTensor& like, bool channels_last, const char* name);
   void* dense(int bit, const Tensor& like);

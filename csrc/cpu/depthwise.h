@@ -11,7 +11,8 @@
 struct TapRange {
   index_t begin, end;
 };
-EFFOPS_INLINE TapRange valid_taps(index_t output, index_t stride, index_t pad, index_t dilation, index_t taps, index_t size) {
+EFFOPS_INLINE TapRange valid_taps(index_t output, index_t stride, index_t pad, index_t dilation, index_t taps,
+                                  index_t size) {
   const index_t start = output * stride - pad;
   const index_t begin = start >= 0 ? 0 : ceil_div(-start, dilation);
   const index_t end = start >= size ? 0 : imin(taps, ceil_div(size - start, dilation));
@@ -47,7 +48,8 @@ compute<T>* pack_depthwise_weights(Arena& arena, const DepthwiseGeometry& g, con
 template <class T>
 class RowSource {
  public:
-  RowSource(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g) : tensor_(tensor), g_(g), direct_(tensor.c == 1 && g.multiplier == 1) {
+  RowSource(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g)
+      : tensor_(tensor), g_(g), direct_(tensor.c == 1 && g.multiplier == 1) {
     if (direct_) {
       pixel_stride_ = tensor.w;
       return;
@@ -108,13 +110,15 @@ class DepthwiseRow {
              with_epilogue && !(epilogue.simple() && !epilogue.affine())} {}
 
   // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or null.
-  void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld, const C* residual, index_t residual_ld) const {
+  void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld,
+           const C* residual, index_t residual_ld) const {
     const TapRange r = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
     Segment segment{{}, r.begin, r.end, source.pixel_stride(), q0, count, dst, dst_ld, residual, residual_ld};
     constexpr index_t kMaxRows = 16;  // taller kernels are summed by the slow path in slices
     if (r.end - r.begin <= kMaxRows) {
       const T* rows[kMaxRows];
-      for (index_t i = r.begin; i < r.end; ++i) rows[i - r.begin] = source.row(n, p * g_.stride_h - g_.pad_top + i * g_.dilation_h);
+      for (index_t i = r.begin; i < r.end; ++i)
+        rows[i - r.begin] = source.row(n, p * g_.stride_h - g_.pad_top + i * g_.dilation_h);
       segment.rows = rows;
       all_channels(segment);
     } else {
@@ -250,7 +254,8 @@ class DepthwiseRow {
 #pragma GCC unroll 8
         for (int t = 0; t < S; ++t) {
           const int j = Stride ? (k - t) / (Stride ? Stride : 1) : k;
-          if (Stride == 0 || (k >= t && (k - t) % (Stride ? Stride : 1) == 0 && j < Block)) acc[j] = acc[j] + value * tap[t];
+          if (Stride == 0 || (k >= t && (k - t) % (Stride ? Stride : 1) == 0 && j < Block))
+            acc[j] = acc[j] + value * tap[t];
         }
       }
     }
@@ -266,9 +271,11 @@ class DepthwiseRow {
         const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
         vec<C> acc = out_.start(c);
         for (index_t r = s.r_begin; r < s.r_end; ++r) {
-          const T* x = source.row(n, p * g_.stride_h - g_.pad_top + r * g_.dilation_h) + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
+          const T* x = source.row(n, p * g_.stride_h - g_.pad_top + r * g_.dilation_h) +
+                       (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
           for (index_t t = taps.begin; t < taps.end; ++t) {
-            acc = acc + load_partial(x + t * g_.dilation_w * s.pixel_stride, imin(kLanes<C>, channels_ - c)) * load(weights_ + (r * g_.S + t) * ld_ + c);
+            acc = acc + load_partial(x + t * g_.dilation_w * s.pixel_stride, imin(kLanes<C>, channels_ - c)) *
+                            load(weights_ + (r * g_.S + t) * ld_ + c);
           }
         }
         finish<false>(out_, s, c, i, acc);

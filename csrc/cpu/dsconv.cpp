@@ -8,10 +8,12 @@ namespace {
 constexpr std::size_t kGeometry = 15;
 
 // Checked forward arguments; `kernel` must outlive them.
-DsconvForwardArgs forward_args(const StaticArgs& statics, const Tensor& kernel, const Tensor& input, const OptionalTensor& passthrough,
-                               const OptionalTensor& dw_bias, const OptionalTensor& dw_scale, const OptionalTensor& dw_shift,
-                               const OptionalTensor& dw_residual, const Tensor& pw_weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                               const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry, const std::vector<double>& slopes) {
+DsconvForwardArgs forward_args(const StaticArgs& statics, const Tensor& kernel, const Tensor& input,
+                               const OptionalTensor& passthrough, const OptionalTensor& dw_bias,
+                               const OptionalTensor& dw_scale, const OptionalTensor& dw_shift,
+                               const OptionalTensor& dw_residual, const Tensor& pw_weight, const OptionalTensor& bias,
+                               const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
+                               const Ints& geometry, const std::vector<double>& slopes) {
   STD_TORCH_CHECK(slopes.size() == 2, "effops::dsconv: slopes must hold 2 numbers, got ", slopes.size());
   DsconvForwardArgs args;
   args.g = statics.g;
@@ -32,7 +34,8 @@ DsconvForwardArgs forward_args(const StaticArgs& statics, const Tensor& kernel, 
   STD_TORCH_CHECK(args.K >= 1, "effops::dsconv: pw_weight must have at least one output channel");
   check_sizes(pw_weight, args.K, args.passthrough_channels + dw_channels, 1, 1, "pw_weight");
   args.keep = geometry[14];
-  STD_TORCH_CHECK(args.keep <= dw_channels, "effops::dsconv: keep = ", args.keep, " is more than the ", dw_channels, " depthwise channels");
+  STD_TORCH_CHECK(args.keep <= dw_channels, "effops::dsconv: keep = ", args.keep, " is more than the ", dw_channels,
+                  " depthwise channels");
   args.dw_weight = kernel.const_data_ptr();
   args.dw_epilogue = epilogue_ref(dw_bias, dw_scale, dw_shift, dw_residual, input, dw_channels, g);
   args.dw_epilogue.activation = statics.activation;
@@ -48,37 +51,40 @@ DsconvForwardArgs forward_args(const StaticArgs& statics, const Tensor& kernel, 
   return args;
 }
 
-Tensor dsconv_fwd(const Tensor& input, const OptionalTensor& passthrough, const Tensor& dw_weight, const OptionalTensor& dw_bias,
-                  const OptionalTensor& dw_scale, const OptionalTensor& dw_shift, const OptionalTensor& dw_residual, const Tensor& pw_weight,
-                  const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
+Tensor dsconv_fwd(const Tensor& input, const OptionalTensor& passthrough, const Tensor& dw_weight,
+                  const OptionalTensor& dw_bias, const OptionalTensor& dw_scale, const OptionalTensor& dw_shift,
+                  const OptionalTensor& dw_residual, const Tensor& pw_weight, const OptionalTensor& bias,
+                  const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
                   const Ints& geometry, const std::vector<double>& slopes) {
   const StaticArgs statics = read_geometry(input, dw_weight, geometry, kGeometry, "dsconv_fwd");
   const Tensor kernel = torch::stable::contiguous(dw_weight);
-  DsconvForwardArgs args = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual, pw_weight, bias, scale, shift,
-                                        residual, geometry, slopes);
+  DsconvForwardArgs args = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual,
+                                        pw_weight, bias, scale, shift, residual, geometry, slopes);
   Tensor output = new_map(input, args.g.N, args.keep + args.K, args.g.P, args.g.Q, statics.channels_last);
   args.output = tensor_ref(output);
   kernels().dsconv_fwd[static_cast<int>(dtype_of(input, "input"))](args);
   return output;
 }
 
-std::vector<Tensor> dsconv_bwd(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input, const OptionalTensor& passthrough,
-                               const Tensor& dw_weight, const OptionalTensor& dw_bias, const OptionalTensor& dw_scale, const OptionalTensor& dw_shift,
-                               const OptionalTensor& dw_residual, const Tensor& pw_weight, const OptionalTensor& bias, const OptionalTensor& scale,
-                               const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry, const std::vector<double>& slopes,
-                               std::int64_t mask) {
+std::vector<Tensor> dsconv_bwd(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input,
+                               const OptionalTensor& passthrough, const Tensor& dw_weight,
+                               const OptionalTensor& dw_bias, const OptionalTensor& dw_scale,
+                               const OptionalTensor& dw_shift, const OptionalTensor& dw_residual,
+                               const Tensor& pw_weight, const OptionalTensor& bias, const OptionalTensor& scale,
+                               const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry,
+                               const std::vector<double>& slopes, std::int64_t mask) {
   const StaticArgs statics = read_geometry(input, dw_weight, geometry, kGeometry, "dsconv_bwd");
   const Tensor kernel = torch::stable::contiguous(dw_weight);
   DsconvBackwardArgs args;
-  args.forward = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual, pw_weight, bias, scale, shift, residual,
-                              geometry, slopes);
+  args.forward = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual, pw_weight,
+                              bias, scale, shift, residual, geometry, slopes);
   const index_t channels = args.forward.keep + args.forward.K;
   check_sizes(grad_output, args.forward.g.N, channels, args.forward.g.P, args.forward.g.Q, "grad_output");
   check_same_dtype(grad_output, input, "grad_output");
   args.grad_output = tensor_ref(grad_output);
   args.forward.output = residual_ref(output, input, channels, args.forward.g, "output");
   check_saved_output(args.forward.output, args.forward.pw_epilogue);
-  GradList grads(mask);
+  GradList grads(mask, 12);
   args.grad_input = grads.map(0, input, statics.channels_last);
   args.grad_passthrough = grads.map(1, passthrough, statics.channels_last, "passthrough");
   args.grad_dw_weight = grads.dense(2, dw_weight);

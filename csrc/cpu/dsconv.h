@@ -17,7 +17,7 @@ struct DsconvForward {
 #else
   static constexpr bool kDot = false;
 #endif
-  using Z = std::conditional_t<kDot, bf16, C>;            // what the z tile holds
+  using Z = std::conditional_t<kDot, bf16, C>;           // what the z tile holds
   using W = std::conditional_t<kDot, std::uint32_t, C>;  // what a packed weight element is: a pair, or one
 
   const DsconvForwardArgs& args;
@@ -58,7 +58,8 @@ struct DsconvForward {
 
   void run() {
     if (pixels == 0 || args.K + args.keep == 0) return;
-    const double cost = static_cast<double>(pixels) * (k_steps * panels.vectors + ceil_div(dw_channels, kLanes<C>) * g.R * g.S);
+    const double cost =
+        static_cast<double>(pixels) * (k_steps * panels.vectors + ceil_div(dw_channels, kLanes<C>) * g.R * g.S);
     if (pixels <= tile_pixels(ldz * sizeof(Z), g.Q) || g.N * g.P == 1) {
       run_by_panels(slots_for(cost, panels.count));
     } else {
@@ -76,7 +77,8 @@ struct DsconvForward {
       for (index_t i = first; i < last; ++i) widest = imax(widest, panels.width(i));
       W* packed = static_cast<W*>(arena.allocate(k_steps * widest * kLanes<C> * sizeof(W)));
       Range range(*this, arena, pixels, first, last);
-      for (index_t begin = 0; begin < pixels; begin += range.tile) {  // one turn, except for a single row longer than a tile
+      for (index_t begin = 0; begin < pixels;
+           begin += range.tile) {  // one turn, except for a single row longer than a tile
         range.load(begin, imin(pixels, begin + range.tile));
         for (index_t i = first; i < last; ++i) {
           pack(i, packed);
@@ -130,7 +132,9 @@ struct DsconvForward {
           tile(imin(tile_pixels(op.ldz * sizeof(Z), op.g.Q), pixels)),
           source(arena, op.args.input, op.g),
           z(static_cast<Z*>(arena.allocate(tile * op.ldz * sizeof(Z)))) {
-      const auto scratch = [&](bool want, index_t ld) { return want ? static_cast<C*>(arena.allocate(tile * ld * sizeof(C))) : nullptr; };
+      const auto scratch = [&](bool want, index_t ld) {
+        return want ? static_cast<C*>(arena.allocate(tile * ld * sizeof(C))) : nullptr;
+      };
       y = scratch(!op.one_pass(), ldy);
       residual = scratch(op.pw_epilogue.residual.data, ldy);
       dw_residual = scratch(op.dw_epilogue.residual.data, op.ldz);
@@ -142,7 +146,8 @@ struct DsconvForward {
       in_place = op.passthrough_in_place(begin);
       op.fill_z(source, begin, end, z, in_place == nullptr, dw_residual);
       if (op.args.keep > 0 && first == 0) {
-        scatter_pixels<T>(z + op.Cz - op.args.keep, op.ldz, op.args.output, begin, end, op.g.P, op.g.Q, 0, op.args.keep);
+        scatter_pixels<T>(z + op.Cz - op.args.keep, op.ldz, op.args.output, begin, end, op.g.P, op.g.Q, 0,
+                          op.args.keep);
       }
     }
 
@@ -168,7 +173,8 @@ struct DsconvForward {
     void finish() const {
       if (op.one_pass()) return;
       if (!op.simple) {
-        if (residual) gather_pixels<T>(op.pw_epilogue.residual, begin, end, op.g.P, op.g.Q, column, columns, residual, ldy);
+        if (residual)
+          gather_pixels<T>(op.pw_epilogue.residual, begin, end, op.g.P, op.g.Q, column, columns, residual, ldy);
         Epilogue<C> part = op.pw_epilogue;  // the same epilogue, seen from `column` on
         if (part.bias) part.bias += column;
         if (part.affine()) {
@@ -195,11 +201,13 @@ struct DsconvForward {
 
   void fill_z(RowSource<T>& source, index_t begin, index_t end, Z* z, bool copy_passthrough, C* dw_residual) const {
     const index_t passthrough = args.passthrough_channels;
-    if (passthrough > 0 && copy_passthrough) gather_pixels<T>(args.passthrough, begin, end, g.P, g.Q, 0, passthrough, z, ldz);
+    if (passthrough > 0 && copy_passthrough)
+      gather_pixels<T>(args.passthrough, begin, end, g.P, g.Q, 0, passthrough, z, ldz);
     if (dw_residual) gather_pixels<T>(dw_epilogue.residual, begin, end, g.P, g.Q, 0, dw_channels, dw_residual, ldz);
     const DepthwiseRow<T, Z, false> kernel(g, dw_weights, dw_epilogue, true);
     for_each_row_segment(begin, end, g.P, g.Q, [&](index_t n, index_t p, index_t q, index_t count, index_t offset) {
-      kernel.run(source, n, p, q, count, z + offset * ldz + passthrough, ldz, dw_residual ? dw_residual + offset * ldz : nullptr, ldz);
+      kernel.run(source, n, p, q, count, z + offset * ldz + passthrough, ldz,
+                 dw_residual ? dw_residual + offset * ldz : nullptr, ldz);
     });
     if constexpr (kDot) {
       if (Cz % 2 != 0) {  // the odd channel's partner: its weight is zero, so it must not be NaN
@@ -214,11 +222,17 @@ struct DsconvForward {
     const Z* tile = z + offset * ldz;
     if (in_place == nullptr) return {tile, ldz, 1, k_steps};
     const index_t skipped = args.passthrough_channels;
-    return {in_place + offset * args.passthrough.w, args.passthrough.w, skipped / unit, tile + skipped, ldz, k_steps - skipped / unit};
+    return {in_place + offset * args.passthrough.w,
+            args.passthrough.w,
+            skipped / unit,
+            tile + skipped,
+            ldz,
+            k_steps - skipped / unit};
   }
 
   template <class Out>
-  EFFOPS_INLINE void multiply(index_t panel, const W* weights, index_t rows, const RowsOfA<Z>& a, const Out& out) const {
+  EFFOPS_INLINE void multiply(index_t panel, const W* weights, index_t rows, const RowsOfA<Z>& a,
+                              const Out& out) const {
     if constexpr (kDot) {
       gemm_panel_pairs(panels.width(panel), rows, a, weights, out);
     } else {
@@ -240,7 +254,8 @@ struct DsconvForward {
   }
 
   template <class D>
-  EFFOPS_INLINE void multiply_clamped(index_t panel, const W* weights, index_t rows, const RowsOfA<Z>& a, D* y, index_t ld, index_t columns) const {
+  EFFOPS_INLINE void multiply_clamped(index_t panel, const W* weights, index_t rows, const RowsOfA<Z>& a, D* y,
+                                      index_t ld, index_t columns) const {
     if (pw_epilogue.affine()) {
       multiply(panel, weights, rows, a, clamped<D, true>(y, ld, panel, columns));
     } else {

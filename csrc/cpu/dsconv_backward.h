@@ -26,7 +26,9 @@ struct DsconvBackward {
   C *dw_sums = nullptr, *pw_sums = nullptr;
   EpilogueSums dw_epilogue_sums, pw_epilogue_sums;
 
-  static bool any(const EpilogueGrads& grads) { return grads.bias || grads.scale || grads.shift || grads.residual.data; }
+  static bool any(const EpilogueGrads& grads) {
+    return grads.bias || grads.scale || grads.shift || grads.residual.data;
+  }
 
   explicit DsconvBackward(const DsconvBackwardArgs& a)
       : args(a),
@@ -48,7 +50,8 @@ struct DsconvBackward {
         raw_u(want_gz && needs_raw(dw_epilogue, a.dw_grads)),
         want_z(raw_v || a.grad_pw_weight),
         plan(g, a.grad_input.data != nullptr,
-             depthwise_cost(g, ld_dw, kLanes<C>) + static_cast<double>(g.N) * g.P * g.Q * (1 + want_gz + raw_v) * Cz * ldk / kLanes<C>),
+             depthwise_cost(g, ld_dw, kLanes<C>) +
+                 static_cast<double>(g.N) * g.P * g.Q * (1 + want_gz + raw_v) * Cz * ldk / kLanes<C>),
         panels_k(K, kLanes<C>),
         panels_c(Cz, kLanes<C>) {
     if (raw_v) packed_forward = pack(fwd.pw_stride_c, fwd.pw_stride_k, Cz, K, panels_k);
@@ -62,7 +65,8 @@ struct DsconvBackward {
   C* pack(index_t row_stride, index_t column_stride, index_t k, index_t columns, const Panels& panels) {
     C* packed = static_cast<C*>(shared.allocate(k * panels.vectors * kLanes<C> * sizeof(C)));
     for (index_t i = 0; i < panels.count; ++i) {
-      pack_panel(static_cast<const T*>(fwd.pw_weight), row_stride, column_stride, k, columns, panels, i, packed + k * panels.first_column(i));
+      pack_panel(static_cast<const T*>(fwd.pw_weight), row_stride, column_stride, k, columns, panels, i,
+                 packed + k * panels.first_column(i));
     }
     return packed;
   }
@@ -90,18 +94,21 @@ struct DsconvBackward {
     DepthwiseSlot<T> depthwise;
     EpilogueSums dw_own, pw_own;
     index_t rows;
-    C *gv, *v, *saved, *pw_residual, *pw_grad_residual;          // [pixels][ldk]
+    C *gv, *v, *saved, *pw_residual, *pw_grad_residual;     // [pixels][ldk]
     C *z, *u, *gz, *kept, *dw_residual, *dw_grad_residual;  // [pixels][ldz]
 
     Slot(const DsconvBackward& o, index_t s)
         : op(o),
           g(o.g),
           slot(s),
-          depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights, o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr),
+          depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights,
+                    o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr),
           dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
           pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),
           rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)) {
-      const auto tile = [&](bool want, index_t ld) { return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr; };
+      const auto tile = [&](bool want, index_t ld) {
+        return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr;
+      };
       gv = tile(true, op.ldk);
       v = tile(op.raw_v, op.ldk);
       saved = tile(op.from_output, op.ldk);
@@ -152,7 +159,9 @@ struct DsconvBackward {
     // u and z
     void recompute(const Tile& t) {
       if (dw_residual) gather(op.dw_epilogue.residual, t, 0, op.dw_channels, dw_residual, op.ldz);
-      if (u) recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, false, t.n, t.p_begin, t.p_end, u, op.ldz, nullptr);
+      if (u)
+        recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, false, t.n, t.p_begin, t.p_end, u,
+                               op.ldz, nullptr);
       if (z == nullptr) return;
       if (op.passthrough > 0) gather(op.fwd.passthrough, t, 0, op.passthrough, z, op.ldz);
       C* dw_part = z + op.passthrough;
@@ -160,7 +169,8 @@ struct DsconvBackward {
         copy_rows(u, op.ldz, t.pixels(), op.ld_dw, dw_part, op.ldz);
         apply_epilogue_rows(op.dw_epilogue, t.pixels(), op.dw_channels, dw_part, op.ldz, dw_residual, op.ldz);
       } else {
-        recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, true, t.n, t.p_begin, t.p_end, dw_part, op.ldz, dw_residual);
+        recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, true, t.n, t.p_begin, t.p_end,
+                               dw_part, op.ldz, dw_residual);
       }
     }
 
@@ -172,7 +182,8 @@ struct DsconvBackward {
       if (v) {
         for (index_t i = 0; i < op.panels_k.count; ++i) {
           const index_t ld = op.panels_k.width(i) * kLanes<C>, column = op.panels_k.first_column(i);
-          gemm_panel(op.panels_k.width(i), t.pixels(), {z, op.ldz, 1, op.Cz}, op.packed_forward + op.Cz * column, ld, StoreRaw<C>{v + column, op.ldk});
+          gemm_panel(op.panels_k.width(i), t.pixels(), {z, op.ldz, 1, op.Cz}, op.packed_forward + op.Cz * column, ld,
+                     StoreRaw<C>{v + column, op.ldk});
         }
       }
       const EpilogueBackward<C> backward{op.pw_epilogue, v, saved, pw_residual, pw_grad_residual, op.ldk};
@@ -184,7 +195,8 @@ struct DsconvBackward {
       C* sums = op.pw_sums + slot * op.K * op.ldz;
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t column = op.panels_c.first_column(i);
-        gemm_panel(op.panels_c.width(i), op.K, {gv, 1, op.ldk, t.pixels()}, z + column, op.ldz, Accumulate<C>{sums + column, op.ldz});
+        gemm_panel(op.panels_c.width(i), op.K, {gv, 1, op.ldk, t.pixels()}, z + column, op.ldz,
+                   Accumulate<C>{sums + column, op.ldz});
       }
     }
 
@@ -192,7 +204,8 @@ struct DsconvBackward {
     void pointwise_input(const Tile& t) {
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t ld = op.panels_c.width(i) * kLanes<C>, column = op.panels_c.first_column(i);
-        gemm_panel(op.panels_c.width(i), t.pixels(), {gv, op.ldk, 1, op.K}, op.packed_backward + op.K * column, ld, StoreRaw<C>{gz + column, op.ldz});
+        gemm_panel(op.panels_c.width(i), t.pixels(), {gv, op.ldk, 1, op.K}, op.packed_backward + op.K * column, ld,
+                   StoreRaw<C>{gz + column, op.ldz});
       }
       if (kept) {
         const index_t keep = op.fwd.keep, first = op.Cz - keep;

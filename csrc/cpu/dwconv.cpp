@@ -7,8 +7,8 @@ namespace {
 
 constexpr std::size_t kGeometry = 12;
 
-Tensor dwconv_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift,
-                  const OptionalTensor& residual, const Ints& geometry, double slope) {
+Tensor dwconv_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+                  const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry, double slope) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_fwd");
   const Tensor kernel = torch::stable::contiguous(weight);
   DwconvForwardArgs args;
@@ -25,9 +25,10 @@ Tensor dwconv_fwd(const Tensor& input, const Tensor& weight, const OptionalTenso
   return output;
 }
 
-std::vector<Tensor> dwconv_bwd(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input, const Tensor& weight,
-                               const OptionalTensor& bias, const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
-                               const Ints& geometry, double slope, std::int64_t mask) {
+std::vector<Tensor> dwconv_bwd(const Tensor& grad_output, const OptionalTensor& output, const Tensor& input,
+                               const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
+                               const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry,
+                               double slope, std::int64_t mask) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_bwd");
   const Tensor kernel = torch::stable::contiguous(weight);
   DwconvBackwardArgs args;
@@ -44,7 +45,7 @@ std::vector<Tensor> dwconv_bwd(const Tensor& grad_output, const OptionalTensor& 
   args.epilogue.post = statics.post;
   args.epilogue.slope = slope;
   check_saved_output(args.output, args.epilogue);
-  GradList grads(mask);
+  GradList grads(mask, 6);
   args.grad_input = grads.map(0, input, statics.channels_last);
   args.grad_weight = grads.dense(1, weight);
   args.grads.bias = grads.channel(2, bias, args.grads.bias_dtype, "bias");
@@ -55,7 +56,8 @@ std::vector<Tensor> dwconv_bwd(const Tensor& grad_output, const OptionalTensor& 
   return grads.take();
 }
 
-std::tuple<Tensor, Tensor> dwconv_stats(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const Ints& geometry) {
+std::tuple<Tensor, Tensor> dwconv_stats(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                        const Ints& geometry) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_stats");
   STD_TORCH_CHECK(statics.g.N > 0, "effops::dwconv_stats: an empty batch has no mean");
   const Tensor kernel = torch::stable::contiguous(weight);
@@ -71,8 +73,9 @@ std::tuple<Tensor, Tensor> dwconv_stats(const Tensor& input, const Tensor& weigh
   return {mean, var};
 }
 
-std::vector<Tensor> dwconv_stats_bwd(const Tensor& grad_mean, const Tensor& grad_var, const Tensor& mean, const Tensor& input, const Tensor& weight,
-                                     const OptionalTensor& bias, const Ints& geometry, std::int64_t mask) {
+std::vector<Tensor> dwconv_stats_bwd(const Tensor& grad_mean, const Tensor& grad_var, const Tensor& mean,
+                                     const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                                     const Ints& geometry, std::int64_t mask) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_stats_bwd");
   const Tensor kernel = torch::stable::contiguous(weight);
   DwconvStatsBackwardArgs args;
@@ -81,12 +84,13 @@ std::vector<Tensor> dwconv_stats_bwd(const Tensor& grad_mean, const Tensor& grad
   args.weight = kernel.const_data_ptr();
   const index_t channels = args.g.out_channels();
   args.bias = channel_ref(bias, input, channels, "bias");
-  const Tensor dense_mean = statistic(mean, input, channels, "mean"), dense_grad_mean = statistic(grad_mean, input, channels, "grad_mean"),
+  const Tensor dense_mean = statistic(mean, input, channels, "mean"),
+               dense_grad_mean = statistic(grad_mean, input, channels, "grad_mean"),
                dense_grad_var = statistic(grad_var, input, channels, "grad_var");
   args.mean = dense_mean.const_data_ptr();
   args.grad_mean = dense_grad_mean.const_data_ptr();
   args.grad_var = dense_grad_var.const_data_ptr();
-  GradList grads(mask);
+  GradList grads(mask, 3);
   args.grad_input = grads.map(0, input, statics.channels_last);
   args.grad_weight = grads.dense(1, weight);
   args.grad_bias = grads.channel(2, bias, args.grad_bias_dtype, "bias");

@@ -13,11 +13,13 @@ struct DepthwiseSlot {
   GradInputRing<T> grad_input;
   GradDepthwiseWeight<T> grad_weight;
 
-  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const TensorRef& input, const TensorRef& grad_input_, const C* weights, C* weight_sums)
+  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const TensorRef& input, const TensorRef& grad_input_,
+                const C* weights, C* weight_sums)
       : source(arena, input, g), grad_input(arena, g, grad_input_, weights), grad_weight(g, weight_sums) {}
 
   // grad: [rows * Q][ld] for output rows [p_begin, p_end) of image n
-  void take(const DepthwiseGeometry& g, index_t n, index_t p_begin, index_t p_end, bool owned, bool needed, const C* grad, index_t ld) {
+  void take(const DepthwiseGeometry& g, index_t n, index_t p_begin, index_t p_end, bool owned, bool needed,
+            const C* grad, index_t ld) {
     for (index_t p = p_begin; p < p_end; ++p) {
       const C* row = grad + (p - p_begin) * g.Q * ld;
       if (owned && grad_weight.wanted()) grad_weight.add(source, n, p, row, ld);
@@ -28,8 +30,9 @@ struct DepthwiseSlot {
 
 // Raw sums (no bias) of output rows [p_begin, p_end) -> [rows * Q][ld].
 template <class T>
-void recompute_depthwise(RowSource<T>& source, const DepthwiseGeometry& g, const compute<T>* weights, const Epilogue<compute<T>>& epilogue,
-                         bool with_epilogue, index_t n, index_t p_begin, index_t p_end, compute<T>* u, index_t ld, const compute<T>* residual) {
+void recompute_depthwise(RowSource<T>& source, const DepthwiseGeometry& g, const compute<T>* weights,
+                         const Epilogue<compute<T>>& epilogue, bool with_epilogue, index_t n, index_t p_begin,
+                         index_t p_end, compute<T>* u, index_t ld, const compute<T>* residual) {
   const DepthwiseRow<T, compute<T>, false> kernel(g, weights, epilogue, with_epilogue);
   for (index_t p = p_begin; p < p_end; ++p) {
     const index_t at = (p - p_begin) * g.Q * ld;
@@ -59,11 +62,15 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
 
   run_slots(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
-    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights, weight_sums ? weight_sums + slot * taps * ld : nullptr);
+    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
+                          weight_sums ? weight_sums + slot * taps * ld : nullptr);
     const EpilogueSums own_sums = slot_of(sums, slot, channels), no_sums;
     const index_t rows = imax(1, tile_pixels(2 * ld * sizeof(C), g.Q) / g.Q);
-    const auto tile = [&](bool want) { return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr; };
-    C *grad = tile(true), *u = tile(raw), *saved = tile(from_output), *residual = tile(epilogue.residual.data && epilogue.post != Activation::none),
+    const auto tile = [&](bool want) {
+      return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr;
+    };
+    C *grad = tile(true), *u = tile(raw), *saved = tile(from_output),
+      *residual = tile(epilogue.residual.data && epilogue.post != Activation::none),
       *grad_residual = tile(args.grads.residual.data);
     for (index_t i = plan.count * slot / plan.slots; i < plan.count * (slot + 1) / plan.slots; ++i) {
       const Band band = plan.band(i);
@@ -76,7 +83,8 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
         if (u) recompute_depthwise<T>(work.source, g, weights, epilogue, false, band.n, p_begin, p_end, u, ld, nullptr);
         const EpilogueBackward<C> backward{epilogue, u, saved, residual, grad_residual, ld};
         backward.run(end - begin, channels, grad, owned ? own_sums : no_sums);
-        if (owned && grad_residual) scatter_pixels<T>(grad_residual, ld, args.grads.residual, begin, end, g.P, g.Q, 0, channels);
+        if (owned && grad_residual)
+          scatter_pixels<T>(grad_residual, ld, args.grads.residual, begin, end, g.P, g.Q, 0, channels);
         work.take(g, band.n, p_begin, p_end, owned, needed, grad, ld);
       });
       if (work.grad_input.wanted()) work.grad_input.end();
@@ -120,7 +128,8 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
 
   run_slots(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
-    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights, weight_sums ? weight_sums + slot * taps * ld : nullptr);
+    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
+                          weight_sums ? weight_sums + slot * taps * ld : nullptr);
     const EpilogueSums own_sums = slot_of(sums, slot, channels);
     const index_t rows = imax(1, tile_pixels(ld * sizeof(C), g.Q) / g.Q);
     C* u = static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C)));

@@ -22,11 +22,15 @@ struct Epilogue {
     if ((scale == nullptr) != (shift == nullptr)) complete_affine(arena, channels);
   }
 
-  bool clamps() const { return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6; }
+  bool clamps() const {
+    return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6;
+  }
   bool affine() const { return scale != nullptr; }
   // What registers can do on the way out, without a second pass.
   bool simple() const { return clamps() && post == Activation::none && residual.data == nullptr; }
-  bool trivial() const { return activation == Activation::none && post == Activation::none && residual.data == nullptr && !affine(); }
+  bool trivial() const {
+    return activation == Activation::none && post == Activation::none && residual.data == nullptr && !affine();
+  }
 
   // For the channels from c on; v already holds conv + bias, r the residual.
   EFFOPS_INLINE vec<C> apply(vec<C> v, index_t c, vec<C> r) const {
@@ -53,7 +57,8 @@ struct Epilogue {
 
 // Applies the epilogue in place to a tile of raw sums (bias not yet added). residual: tile of the same kind, or null.
 template <class C>
-void apply_epilogue_rows(const Epilogue<C>& epilogue, index_t pixels, index_t channels, C* tile, index_t ld, const C* residual, index_t residual_ld) {
+void apply_epilogue_rows(const Epilogue<C>& epilogue, index_t pixels, index_t channels, C* tile, index_t ld,
+                         const C* residual, index_t residual_ld) {
   constexpr index_t L = kLanes<C>;
   for (index_t i = 0; i < pixels; ++i) {
     C* row = tile + i * ld;
@@ -96,7 +101,8 @@ inline void reduce_sums(double* sums, index_t slots, index_t channels, void* des
   write_channel_vector(sums, channels, destination, dtype);
 }
 
-inline void reduce_epilogue_sums(const EpilogueSums& sums, index_t slots, index_t channels, const EpilogueGrads& grads) {
+inline void reduce_epilogue_sums(const EpilogueSums& sums, index_t slots, index_t channels,
+                                 const EpilogueGrads& grads) {
   reduce_sums(sums.bias, slots, channels, grads.bias, grads.bias_dtype);
   reduce_sums(sums.scale, slots, channels, grads.scale, grads.scale_dtype);
   reduce_sums(sums.shift, slots, channels, grads.shift, grads.shift_dtype);
@@ -118,7 +124,9 @@ struct EpilogueBackward {
 
   void run(index_t pixels, index_t channels, C* grad, const EpilogueSums& sums) const {
     constexpr index_t L = kLanes<C>;
-    if (epilogue.trivial() && grad_residual == nullptr && sums.bias == nullptr && sums.scale == nullptr && sums.shift == nullptr) return;
+    if (epilogue.trivial() && grad_residual == nullptr && sums.bias == nullptr && sums.scale == nullptr &&
+        sums.shift == nullptr)
+      return;
     for (index_t c = 0; c < channels; c += L) {
       vec<C> sum_bias{}, sum_scale{}, sum_shift{};
       for (index_t i = 0; i < pixels; ++i) one_vector(i * ld + c, c, grad, sum_bias, sum_scale, sum_shift);
@@ -129,7 +137,8 @@ struct EpilogueBackward {
   }
 
  private:
-  EFFOPS_INLINE void one_vector(index_t at, index_t c, C* grad, vec<C>& sum_bias, vec<C>& sum_scale, vec<C>& sum_shift) const {
+  EFFOPS_INLINE void one_vector(index_t at, index_t c, C* grad, vec<C>& sum_bias, vec<C>& sum_scale,
+                                vec<C>& sum_shift) const {
     vec<C> g = load(grad + at);
     if (saved != nullptr) {
       g = g * activate_grad_from_output<C>(epilogue.activation, epilogue.slope, load(saved + at));

@@ -25,7 +25,10 @@ constexpr int rows_for(int v) { return v == 2 ? 6 : 8; }
 struct Panels {
   index_t vectors, count;
   index_t lanes;
-  Panels(index_t columns, index_t lanes_) : vectors(ceil_div(columns, lanes_)), count(imax(1, kMaxV == 3 ? vectors / 2 : ceil_div(vectors, 2))), lanes(lanes_) {}
+  Panels(index_t columns, index_t lanes_)
+      : vectors(ceil_div(columns, lanes_)),
+        count(imax(1, kMaxV == 3 ? vectors / 2 : ceil_div(vectors, 2))),
+        lanes(lanes_) {}
   index_t first_vector(index_t panel) const { return panel == count ? vectors : 2 * panel; }
   index_t width(index_t panel) const { return panel + 1 == count ? vectors - 2 * panel : 2; }
   index_t first_column(index_t panel) const { return first_vector(panel) * lanes; }
@@ -128,7 +131,8 @@ struct RowsOfA {
   index_t row[2];  // distance of two rows
   index_t k[2];
   index_t step;  // distance of two elements along k
-  RowsOfA(const Z* a, index_t a_row, index_t a_step, index_t a_k) : data{a, nullptr}, row{a_row, 0}, k{a_k, 0}, step(a_step) {}
+  RowsOfA(const Z* a, index_t a_row, index_t a_step, index_t a_k)
+      : data{a, nullptr}, row{a_row, 0}, k{a_k, 0}, step(a_step) {}
   RowsOfA(const Z* first, index_t first_row, index_t first_k, const Z* second, index_t second_row, index_t second_k)
       : data{first, second}, row{first_row, second_row}, k{first_k, second_k}, step(1) {}
   EFFOPS_INLINE RowsOfA skip(index_t rows) const {
@@ -197,7 +201,8 @@ __attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, ind
 }
 
 template <int R, int V, class C, class Out>
-EFFOPS_INLINE void gemm_some(index_t& row, index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld, const Out& out) {
+EFFOPS_INLINE void gemm_some(index_t& row, index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld,
+                             const Out& out) {
   for (; row + R <= M; row += R) gemm_tile<R, V>(rows.skip(row), b, b_ld, out, row);
 }
 
@@ -215,7 +220,8 @@ void gemm_panel_rows(index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld
 
 // One panel of `width` registers (rows of B b_ld apart; packed: width * lanes) against M rows of A.
 template <class C, class Out>
-EFFOPS_INLINE void gemm_panel(index_t width, index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld, const Out& out) {
+EFFOPS_INLINE void gemm_panel(index_t width, index_t M, const RowsOfA<C>& rows, const C* b, index_t b_ld,
+                              const Out& out) {
   switch (width) {
     case 1:
       return gemm_panel_rows<1>(M, rows, b, b_ld, out);
@@ -232,7 +238,8 @@ EFFOPS_INLINE void gemm_panel(index_t width, index_t M, const RowsOfA<C>& rows, 
 
 // Packs panel `panel` of B[k, columns], B[i][j] = matrix[i * row_stride + j * column_stride], zero-padded to whole registers.
 template <class C, class T>
-void pack_panel(const T* matrix, index_t row_stride, index_t column_stride, index_t k, index_t columns, const Panels& panels, index_t panel, C* dst) {
+void pack_panel(const T* matrix, index_t row_stride, index_t column_stride, index_t k, index_t columns,
+                const Panels& panels, index_t panel, C* dst) {
   const index_t first = panels.first_column(panel);
   const index_t ld = panels.width(panel) * panels.lanes;
   const index_t valid = imin(ld, columns - first);
@@ -248,15 +255,17 @@ void pack_panel(const T* matrix, index_t row_stride, index_t column_stride, inde
 // ---- bf16 pairs: acc += a[2i] * b[2i] + a[2i + 1] * b[2i + 1], twice the FMA rate ------------------------------------------------
 
 // B as pairs of rows: element [i][j] holds B[2i][j] in its low half and B[2i + 1][j] in its high half.
-inline void pack_panel_pairs(const bf16* matrix, index_t row_stride, index_t column_stride, index_t k, index_t columns, const Panels& panels,
-                             index_t panel, std::uint32_t* dst) {
+inline void pack_panel_pairs(const bf16* matrix, index_t row_stride, index_t column_stride, index_t k, index_t columns,
+                             const Panels& panels, index_t panel, std::uint32_t* dst) {
   const index_t first = panels.first_column(panel);
   const index_t ld = panels.width(panel) * panels.lanes;
   const index_t valid = imin(ld, columns - first);
   const bf16* source = matrix + first * column_stride;
   const index_t pairs = k / 2;
-  if (row_stride == 1 && column_stride % 2 == 0) {  // a pair is one 32-bit word of the row-major weight: a plain transposition
-    transpose_block(reinterpret_cast<const float*>(source), column_stride / 2, valid, pairs, reinterpret_cast<float*>(dst), ld);
+  if (row_stride == 1 &&
+      column_stride % 2 == 0) {  // a pair is one 32-bit word of the row-major weight: a plain transposition
+    transpose_block(reinterpret_cast<const float*>(source), column_stride / 2, valid, pairs,
+                    reinterpret_cast<float*>(dst), ld);
   } else {
     for (index_t i = 0; i < pairs; ++i) {
       for (index_t j = 0; j < valid; ++j) {
@@ -274,7 +283,8 @@ inline void pack_panel_pairs(const bf16* matrix, index_t row_stride, index_t col
 }
 
 template <int R, int V, class Out>
-__attribute__((noinline)) void gemm_tile_pairs(const RowsOfA<bf16>& rows, const std::uint32_t* b, Out out, index_t row) {
+__attribute__((noinline)) void gemm_tile_pairs(const RowsOfA<bf16>& rows, const std::uint32_t* b, Out out,
+                                               index_t row) {
   vec<float> acc[R][V];
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) out.template init<V>(acc[r]);
@@ -304,7 +314,8 @@ __attribute__((noinline)) void gemm_tile_pairs(const RowsOfA<bf16>& rows, const 
 }
 
 template <int R, int V, class Out>
-EFFOPS_INLINE void gemm_some_pairs(index_t& row, index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b, const Out& out) {
+EFFOPS_INLINE void gemm_some_pairs(index_t& row, index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b,
+                                   const Out& out) {
   for (; row + R <= M; row += R) gemm_tile_pairs<R, V>(rows.skip(row), b, out, row);
 }
 
@@ -318,7 +329,8 @@ void gemm_panel_rows_pairs(index_t M, const RowsOfA<bf16>& rows, const std::uint
 
 // k counts pairs.
 template <class Out>
-EFFOPS_INLINE void gemm_panel_pairs(index_t width, index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b, const Out& out) {
+EFFOPS_INLINE void gemm_panel_pairs(index_t width, index_t M, const RowsOfA<bf16>& rows, const std::uint32_t* b,
+                                    const Out& out) {
   switch (width) {
     case 1:
       return gemm_panel_rows_pairs<1>(M, rows, b, out);

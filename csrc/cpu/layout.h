@@ -38,7 +38,7 @@ EFFOPS_INLINE void transpose(vec<C> (&rows)[kLanes<C>]) {
 EFFOPS_INLINE void transpose_16x16(const float* src, index_t src_ld, float* dst, index_t dst_ld) {
 #pragma GCC unroll 4
   for (int quarter = 0; quarter < 4; ++quarter) {  // columns 4 * quarter ...
-    __m512 row[4];                                  // row[i]: rows i, 4 + i, 8 + i, 12 + i in the four lanes
+    __m512 row[4];                                 // row[i]: rows i, 4 + i, 8 + i, 12 + i in the four lanes
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       const float* at = src + i * src_ld + 4 * quarter;
@@ -47,8 +47,10 @@ EFFOPS_INLINE void transpose_16x16(const float* src, index_t src_ld, float* dst,
       r = _mm512_insertf32x4(r, _mm_loadu_ps(at + 8 * src_ld), 2);
       row[i] = _mm512_insertf32x4(r, _mm_loadu_ps(at + 12 * src_ld), 3);
     }
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1])), b = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3])), d = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
+    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1])),
+                  b = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
+    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3])),
+                  d = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
     float* to = dst + 4 * quarter * dst_ld;
     _mm512_storeu_pd(to, _mm512_unpacklo_pd(a, c));
     _mm512_storeu_pd(to + dst_ld, _mm512_unpackhi_pd(a, c));
@@ -60,7 +62,8 @@ EFFOPS_INLINE void transpose_16x16(const float* src, index_t src_ld, float* dst,
 
 // dst[j * dst_ld + i] = src[i * src_ld + j] for i < rows, j < columns; both sides contiguous along their inner index.
 template <class D, class S>
-__attribute__((noinline)) void transpose_block(const S* src, index_t src_ld, index_t rows, index_t columns, D* dst, index_t dst_ld) {
+__attribute__((noinline)) void transpose_block(const S* src, index_t src_ld, index_t rows, index_t columns, D* dst,
+                                               index_t dst_ld) {
   using C = compute<S>;
   constexpr index_t L = kLanes<C>;
   for (index_t i = 0; i < rows; i += L) {
@@ -106,7 +109,8 @@ EFFOPS_INLINE void copy_rows(const S* src, index_t src_ld, index_t rows, index_t
 
 // One segment of pixels at a constant distance -> dst[pixel * ld + channel]. Each channel is written `repeat` times in a row (depth multiplier).
 template <class D, class T>
-void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, index_t pixels, index_t channels, index_t repeat, D* dst, index_t ld) {
+void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, index_t pixels, index_t channels,
+                    index_t repeat, D* dst, index_t ld) {
   if (repeat == 1 && channel_stride == 1) {
     copy_rows(src, pixel_stride, pixels, channels, dst, ld);
   } else if (repeat == 1 && pixel_stride == 1) {
@@ -123,7 +127,8 @@ void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, 
 
 // The inverse: src[pixel * ld + channel] -> a tensor. With repeat > 1 the copies of a channel are summed (the gradient of the above).
 template <class T, class C>
-void scatter_segment(const C* src, index_t ld, index_t pixels, index_t channels, index_t repeat, T* dst, index_t pixel_stride, index_t channel_stride) {
+void scatter_segment(const C* src, index_t ld, index_t pixels, index_t channels, index_t repeat, T* dst,
+                     index_t pixel_stride, index_t channel_stride) {
   if (repeat == 1 && channel_stride == 1) {
     copy_rows(src, ld, pixels, channels, dst, pixel_stride);
   } else if (repeat == 1 && pixel_stride == 1) {
@@ -161,14 +166,16 @@ EFFOPS_INLINE void for_each_run(const TensorRef& tensor, index_t begin, index_t 
   const bool plane = tensor.h == Q * tensor.w;
   const index_t rows = plane ? 1 : P;
   const index_t columns = plane ? P * Q : Q;
-  for_each_row_segment(begin, end, rows, columns, [&](index_t n, index_t p, index_t q, index_t count, index_t offset) __attribute__((always_inline)) {
-    f(n * tensor.n + p * tensor.h + q * tensor.w, count, offset);
-  });
+  for_each_row_segment(
+      begin, end, rows, columns,
+      [&](index_t n, index_t p, index_t q, index_t count, index_t offset)
+          __attribute__((always_inline)) { f(n * tensor.n + p * tensor.h + q * tensor.w, count, offset); });
 }
 
 // Flat pixels [begin, end), `channels` channels from `first` on -> dst[pixel - begin][channel].
 template <class T, class D>
-void gather_pixels(const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, index_t first, index_t channels, D* dst, index_t ld) {
+void gather_pixels(const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, index_t first,
+                   index_t channels, D* dst, index_t ld) {
   const T* data = static_cast<const T*>(tensor.data) + first * tensor.c;
   for_each_run(tensor, begin, end, P, Q, [&](index_t position, index_t count, index_t offset) {
     gather_segment(data + position, tensor.w, tensor.c, count, channels, 1, dst + offset * ld, ld);
@@ -176,7 +183,8 @@ void gather_pixels(const TensorRef& tensor, index_t begin, index_t end, index_t 
 }
 
 template <class T, class C>
-void scatter_pixels(const C* src, index_t ld, const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, index_t first, index_t channels) {
+void scatter_pixels(const C* src, index_t ld, const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q,
+                    index_t first, index_t channels) {
   T* data = static_cast<T*>(tensor.data) + first * tensor.c;
   for_each_run(tensor, begin, end, P, Q, [&](index_t position, index_t count, index_t offset) {
     scatter_segment(src + offset * ld, ld, count, channels, 1, data + position, tensor.w, tensor.c);

@@ -55,7 +55,8 @@ struct Arena::Store {
 Arena::Arena(Level level) {
   thread_local Store stores[2];
   store_ = &stores[level];
-  if (store_->busy) throw std::bad_alloc();  // a task that opens a second arena of its level is a bug, not a user's error
+  if (store_->busy)
+    throw std::bad_alloc();  // a task that opens a second arena of its level is a bug, not a user's error
   store_->busy = true;
   store_->used = store_->total = 0;
 }
@@ -116,11 +117,14 @@ const Candidate kCandidates[] = {
     {"avx2", avx2::table, [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }},
     {"avx512", avx512::table,
      [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vl");
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
      }},
     {"avx512bf16", avx512bf16::table,
-     [] { return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16"); }},
+     [] {
+       return __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+              __builtin_cpu_supports("avx512bf16");
+     }},
 #endif
 };
 
@@ -136,7 +140,8 @@ const KernelTable& choose_table() {
     }
   }
   if (!limit_known) {
-    std::fprintf(stderr, "effops: EFFOPS_CPU_ISA=%s is not one of baseline, avx2, avx512, avx512bf16; ignored\n", limit);
+    std::fprintf(stderr, "effops: EFFOPS_CPU_ISA=%s is not one of baseline, avx2, avx512, avx512bf16; ignored\n",
+                 limit);
   }
   return best->table();
 }
