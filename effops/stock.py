@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effops import modules
-from effops.modules import Pair, ds_conv_key_map
+from effops.modules import ds_conv_key_map
+from effops.modules.vgnet import Pair
 
 __all__ = [
     "BlurPool2d",

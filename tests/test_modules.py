@@ -15,6 +15,7 @@ from helpers import assert_within_budget
 from torch import Tensor, nn
 
 import effops
+import effops.functional as EF
 from effops import modules, stock
 
 # torch's own remark on the twin's even kernels.
@@ -389,8 +390,8 @@ def test_what_cannot_fuse_is_called_and_named(name: str, monkeypatch: pytest.Mon
     assert module.fusion_reasons() == (reason,)
     assert f"not fused: {reason}" in repr(module)
     fused = []
-    original = modules.EF.ds_conv2d
-    monkeypatch.setattr(modules.EF, "ds_conv2d", lambda *args, **kwargs: fused.append(1) or original(*args, **kwargs))
+    original = EF.ds_conv2d
+    monkeypatch.setattr(EF, "ds_conv2d", lambda *args, **kwargs: fused.append(1) or original(*args, **kwargs))
     x = image(2, 4, 5, 5).float()
     y = module(x)
     head = reason.split()[0] in ("dw", "dw_norm", "dw_act", "pw")

@@ -9,7 +9,7 @@ from types import ModuleType
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from effops.modules import ActivationLike, make_activation
+from effops.modules._arguments import ActivationLike, make_activation
 
 __all__ = ["ImageClassifier", "activation_factory"]
 

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
 from effops.models.registry import register_model
-from effops.modules import ds_conv_key_map, rename_keys
+from effops.modules._keys import ds_conv_key_map, rename_keys
 
 __all__ = ["MobileNetV2", "mobilenet_v2_weights"]
 

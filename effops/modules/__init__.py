@@ -1,0 +1,24 @@
+"""Drop-in modules: they own ordinary sub-modules and parameters, and run them as fused kernels where that is possible.
+
+Every module here reads its parameters on each call; nothing is cached, so in-place edits, `.data` edits, optimiser
+steps and `load_state_dict` take effect at once. In eval mode a batch norm becomes the scale and shift of the kernel's
+epilogue; in training its batch statistics are taken from the depthwise convolution without storing that one's result.
+
+What cannot be fused runs as the ordinary sub-modules do; `fusion_reasons()` and the module's repr say what and why.
+"""
+
+from effops.modules._keys import ds_conv_key_map
+from effops.modules.dsconv import FusedDSConv
+from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
+from effops.modules.vgnet import DownsamplingBlock, HalfIdentityBlock
+
+__all__ = [
+    "BlurPool2d",
+    "DepthwiseConv2d",
+    "DownsamplingBlock",
+    "FixedFilterConv2d",
+    "FusedDSConv",
+    "HalfIdentityBlock",
+    "SharedDepthwiseConv2d",
+    "ds_conv_key_map",
+]

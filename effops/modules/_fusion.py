@@ -1,0 +1,192 @@
+"""What of a block runs as one kernel: which sub-modules fuse, and the stages that fill the kernels' epilogues."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from effops.modules._arguments import ACTIVATION_MODULES
+from effops.modules._norms import Affine, affine_of, takes_batch_statistics
+from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
+
+_DW_KINDS = (nn.Conv2d, DepthwiseConv2d, SharedDepthwiseConv2d, FixedFilterConv2d, BlurPool2d)
+_PW_KINDS = (nn.Conv2d,)
+_ACTIVATION_NAMES = {kind: name for name, kind in ACTIVATION_MODULES.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What a sub-module is, as far as fusing is concerned
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def activation_of(module: nn.Module) -> tuple[str, float] | None:
+    """(name, negative slope) of an activation that the kernels know, else None."""
+    kind = type(module)
+    if kind is nn.LeakyReLU:
+        return "leaky_relu", module.negative_slope
+    if kind is nn.GELU and module.approximate != "none":
+        return None
+    name = _ACTIVATION_NAMES.get(kind)
+    return None if name is None else (name, 0.01)
+
+
+def tampered(module: nn.Module) -> str | None:
+    """Why calling the module is not the same as reading its parameters, if so."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return "has forward hooks"
+    if module._backward_hooks or module._backward_pre_hooks:
+        return "has backward hooks"
+    if "forward" in module.__dict__:
+        return "has a replaced forward method"
+    return None
+
+
+def _why_not_conv(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str | None:
+    if type(module) not in kinds:
+        how = " (parametrized)" if hasattr(module, "parametrizations") else ""
+        return f"{name} is {type(module).__name__}{how}, not a plain {kinds[0].__name__}"
+    why = tampered(module)
+    return f"{name} {why}" if why else None
+
+
+def why_not_dw(name: str, module: nn.Module) -> str | None:
+    return _why_not_conv(name, module, _DW_KINDS)
+
+
+def why_not_pw(name: str, module: nn.Module) -> str | None:
+    return _why_not_conv(name, module, _PW_KINDS)
+
+
+def why_not_norm(name: str, module: nn.Module) -> str | None:
+    kind = type(module)
+    if kind is not nn.Identity and kind is not nn.BatchNorm2d:
+        return f"{name} is {kind.__name__}, not a plain BatchNorm2d"
+    why = tampered(module)
+    return f"{name} {why}" if why else None
+
+
+def why_not_act(name: str, module: nn.Module) -> str | None:
+    if activation_of(module) is None:
+        return f"{name} is {module!r}, which the kernels do not know"
+    why = tampered(module)
+    return f"{name} {why}" if why else None
+
+
+def _is_identity(module: nn.Module) -> bool:
+    return type(module) is nn.Identity
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Epilogues: filling  post_activation(activation(conv + bias) * scale + shift + residual)  from a list of stages
+# ---------------------------------------------------------------------------------------------------------------------
+
+# Where each part stands in the epilogue.
+_ACTIVATION_SLOT, _AFFINE_SLOT, _RESIDUAL_SLOT, _POST_SLOT = 1, 2, 3, 4
+
+
+class Stage:
+    """One thing that follows a convolution: `kind` is "norm", "act" or "residual"."""
+
+    __slots__ = ("kind", "value", "affine")
+
+    def __init__(self, kind: str, value: nn.Module | Tensor, affine: Affine | None = None) -> None:
+        self.kind = kind
+        self.value = value
+        self.affine = affine
+
+
+def fill_epilogue(stages: Sequence[Stage]) -> tuple[dict[str, Any], int]:
+    """Puts as many stages as fit, in order, into the epilogue of a convolution.
+
+    Args:
+        stages: norm stages carry their (scale, shift) in `affine`, or None where they cannot be fused.
+
+    Returns:
+        The keyword arguments of the functional call and how many stages they cover; torch runs the others.
+    """
+    epilogue: dict[str, Any] = {}
+    slot, slope = 0, None
+    for done, stage in enumerate(stages):
+        if stage.kind == "act":
+            known = None if tampered(stage.value) else activation_of(stage.value)
+            target = _ACTIVATION_SLOT if slot < _ACTIVATION_SLOT else _POST_SLOT
+            if known is None or slot >= _POST_SLOT:
+                return epilogue, done
+            name, own_slope = known
+            if name == "none":
+                continue
+            if name == "leaky_relu":  # one slope serves both activations
+                if slope is not None and slope != own_slope:
+                    return epilogue, done
+                slope = epilogue["negative_slope"] = own_slope
+            epilogue["activation" if target == _ACTIVATION_SLOT else "post_activation"] = name
+            slot = target
+        elif stage.kind == "norm":
+            if _is_identity(stage.value) and not tampered(stage.value):
+                continue
+            if stage.affine is None or slot >= _AFFINE_SLOT:
+                return epilogue, done
+            epilogue["scale"], epilogue["shift"] = stage.affine
+            slot = _AFFINE_SLOT
+        else:
+            if slot >= _RESIDUAL_SLOT or not _residual_fuses(stage.value):
+                return epilogue, done
+            epilogue["residual"] = stage.value
+            slot = _RESIDUAL_SLOT
+    return epilogue, len(stages)
+
+
+def _residual_fuses(residual: Tensor) -> bool:
+    """Under autocast torch's addition promotes a float32 residual to a float32 result; the kernel would not."""
+    device = residual.device.type
+    return not torch.is_autocast_enabled(device) or residual.dtype == torch.get_autocast_dtype(device)
+
+
+def run_stages(output: Tensor, stages: Iterable[Stage]) -> Tensor:
+    for stage in stages:
+        output = output + stage.value if stage.kind == "residual" else stage.value(output)
+    return output
+
+
+def norm_stage(norm: nn.Module) -> Stage:
+    """A norm stage that is fused where the norm is a plain BatchNorm2d on running statistics."""
+    affine = None
+    if type(norm) is nn.BatchNorm2d and not takes_batch_statistics(norm) and not tampered(norm):
+        affine = affine_of(norm, norm.running_mean, norm.running_var)
+    return Stage("norm", norm, affine)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Blocks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FusedBlock(nn.Module):
+    """What the blocks that end in a pointwise convolution share: reasons, repr, the fused and the unfused path."""
+
+    backend: str
+    # (sub-module, the check that applies) of the part that must fuse as a whole and of the part that may follow.
+    _head: tuple[tuple[str, Callable[[str, nn.Module], str | None]], ...]
+    _tail: tuple[tuple[str, Callable[[str, nn.Module], str | None]], ...]
+
+    def fusion_reasons(self) -> tuple[str, ...]:
+        """Why the sub-modules are not, or not all, run as one kernel; empty where they are.
+
+        A reason that concerns dw, dw_norm, dw_act or pw makes the block call its sub-modules one by one. A reason that
+        concerns norm, act or post_act leaves the convolutions fused and calls that module, and those after it, behind.
+        """
+        reasons = [check(name, getattr(self, name)) for name, check in (*self._head, *self._tail)]
+        return tuple(reason for reason in reasons if reason)
+
+    def _fuses(self) -> bool:
+        return all(check(name, self._modules[name]) is None for name, check in self._head)
+
+    def extra_repr(self) -> str:
+        text = [] if self.backend == "auto" else [f"backend={self.backend!r}"]
+        reasons = self.fusion_reasons()
+        if reasons:
+            text.append(f"not fused: {'; '.join(reasons)}")
+        return ", ".join(text)

@@ -1,0 +1,206 @@
+"""VGNet's blocks (arXiv 2207.10318, section 4)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import effops.functional as EF
+from effops.modules._arguments import (
+    ActivationLike,
+    IntOrPair,
+    ModuleFactory,
+    check_int,
+    check_padding,
+    check_pair,
+    make_activation,
+    make_norm,
+)
+from effops.modules._fusion import (
+    FusedBlock,
+    Stage,
+    fill_epilogue,
+    norm_stage,
+    run_stages,
+    why_not_act,
+    why_not_dw,
+    why_not_norm,
+    why_not_pw,
+)
+from effops.modules.dwconv import FixedFilterConv2d, kernels_of
+from effops.ops.dwconv import banks
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _as_pair_state(where: str, state: object) -> Pair:
+    if isinstance(state, (tuple, list)) and len(state) == 2 and all(isinstance(half, Tensor) for half in state):
+        return state[0], state[1]
+    raise TypeError(f"{where}: the input must be a pair (left, right) of tensors, got {type(state).__name__}")
+
+
+class HalfIdentityBlock(FusedBlock):
+    """(L, R) -> (R, norm(act(pw(cat[L, dw(R)])))): VGNet's half-identity block (arXiv 2207.10318, section 4).
+
+    Half of the channels go through a depthwise convolution, the others through nothing; the pointwise convolution reads
+    both where they lie, so neither the concatenation nor the depthwise result goes to memory.
+
+    Args:
+        channels: of both halves together; even.
+        kernel_size: of the depthwise convolution, odd.
+        norm: None or a factory called with channels / 2, such as `nn.BatchNorm2d`.
+        act: as in `FusedDSConv`.
+        backend: as in `effops.functional`.
+
+    Shape:
+        pair of [N, channels / 2, H, W] -> pair of [N, channels / 2, H, W].
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind or value; odd channels.
+    """
+
+    _head = (("dw", why_not_dw), ("pw", why_not_pw))
+    _tail = (("act", why_not_act), ("norm", why_not_norm))
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: IntOrPair = 3,
+        *,
+        norm: ModuleFactory | None = nn.BatchNorm2d,
+        act: ActivationLike = "relu",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = type(self).__name__
+        if check_int(where, "channels", channels) % 2:
+            raise ValueError(f"{where}: channels must be even, got {channels}")
+        kernel = check_pair(where, "kernel_size", kernel_size)
+        padding = check_padding(where, None, kernel, (1, 1))
+        factory = {"device": device, "dtype": dtype}
+        half = channels // 2
+        self.dw = nn.Conv2d(half, half, kernel, padding=padding, groups=half, bias=False, **factory)
+        self.pw = nn.Conv2d(channels, half, 1, bias=False, **factory)
+        self.act = make_activation(where, "act", act)
+        self.norm = make_norm(where, "norm", norm, half, factory)
+        self.backend = backend
+
+    def forward(self, state: Pair) -> Pair:
+        """(left, right) -> (right, new)."""
+        left, right = _as_pair_state(type(self).__name__, state)
+        if not self._fuses():
+            return self._forward_unfused(left, right)
+        dw, pw = self.dw, self.pw
+        stages = [Stage("act", self.act), norm_stage(self.norm)]
+        epilogue, fused = fill_epilogue(stages)
+        right, new = EF.half_identity2d(
+            left, right, dw.weight, pw.weight, dw.bias, pw.bias, dw.padding, **epilogue, backend=self.backend
+        )
+        return right, run_stages(new, stages[fused:])
+
+    def _forward_unfused(self, left: Tensor, right: Tensor) -> Pair:
+        return right, self.norm(self.act(self.pw(torch.cat([left, self.dw(right)], 1))))
+
+
+class DownsamplingBlock(FusedBlock):
+    """x -> halves of cat[y[-keep:], norm(act(pw(y)))], y = dw(x): VGNet's downsampling (arXiv 2207.10318, section 4).
+
+    keep = min(out_channels // 2, in_channels), 0 where in_channels > out_channels: the last channels of the depthwise
+    result are kept as they are, the pointwise convolution makes the others. The kernel writes both into one tensor.
+
+    Args:
+        in_channels: C.
+        out_channels: of both halves together; even.
+        stride: of the depthwise convolution.
+        blur: a fixed Gaussian as the depthwise convolution, or a learned 3x3; None is True unless stride is 1 (VGNet).
+        sigma: of the Gaussian, rounded to 4 decimals as VGNet's authors print it.
+        alternate_sign: odd channels get the negated Gaussian (the code of VGNet's first release).
+        norm, act, backend: as in `HalfIdentityBlock`.
+
+    Shape:
+        [N, C, H, W], or a pair of halves of it, -> pair of [N, out_channels / 2, P, Q].
+
+    Raises:
+        TypeError, ValueError: an argument of a wrong kind or value; odd out_channels.
+    """
+
+    _head = (("dw", why_not_dw), ("pw", why_not_pw))
+    _tail = (("act", why_not_act), ("norm", why_not_norm))
+    _fixed_filter: type[FixedFilterConv2d] = FixedFilterConv2d
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        stride: IntOrPair = 2,
+        *,
+        blur: bool | None = None,
+        sigma: float = 1.1,
+        alternate_sign: bool = False,
+        norm: ModuleFactory | None = nn.BatchNorm2d,
+        act: ActivationLike = "relu",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        where = type(self).__name__
+        check_int(where, "in_channels", in_channels)
+        if check_int(where, "out_channels", out_channels) % 2:
+            raise ValueError(f"{where}: out_channels must be even, got {out_channels}")
+        stride = check_pair(where, "stride", stride)
+        factory = {"device": device, "dtype": dtype}
+        self.keep = 0 if in_channels > out_channels else min(out_channels // 2, in_channels)
+        if stride != (1, 1) if blur is None else blur:
+            blur_kernel = torch.tensor(banks.gaussian(sigma), dtype=torch.float64)
+            bank = torch.stack([blur_kernel, -blur_kernel]) if alternate_sign else blur_kernel.unsqueeze(0)
+            self.dw = self._fixed_filter(in_channels, bank, stride, **factory)
+        else:
+            self.dw = nn.Conv2d(in_channels, in_channels, 3, stride, 1, groups=in_channels, bias=False, **factory)
+        new = out_channels - self.keep
+        self.pw = nn.Conv2d(in_channels, new, 1, bias=False, **factory)
+        self.act = make_activation(where, "act", act)
+        self.norm = make_norm(where, "norm", norm, new, factory)
+        self.backend = backend
+
+    def forward(self, input: Tensor | Pair) -> Pair:
+        """[N, C, H, W], or (left, right), -> (left, right)."""
+        if not isinstance(input, Tensor):
+            input = torch.cat(_as_pair_state(type(self).__name__, input), 1)
+        if not self._fuses():
+            return self._forward_unfused(input)
+        dw, pw = self.dw, self.pw
+        stages = [Stage("act", self.act), norm_stage(self.norm)]
+        epilogue, fused = fill_epilogue(stages)
+        output = EF.downsampling2d(
+            input,
+            kernels_of(dw),
+            pw.weight,
+            dw.bias,
+            pw.bias,
+            dw.stride,
+            dw.padding,
+            keep=self.keep,
+            **epilogue,
+            backend=self.backend,
+        )
+        if fused == len(stages):
+            return output.chunk(2, 1)
+        kept, new = output[:, : self.keep], output[:, self.keep :]
+        return self._halves(kept, run_stages(new, stages[fused:]))
+
+    def _forward_unfused(self, input: Tensor) -> Pair:
+        y = self.dw(input)
+        return self._halves(y[:, y.shape[1] - self.keep :], self.norm(self.act(self.pw(y))))
+
+    @staticmethod
+    def _halves(kept: Tensor, new: Tensor) -> Pair:
+        """cat[kept, new] cut in two; equal halves need no concatenation."""
+        if kept.shape[1] == new.shape[1]:
+            return kept, new
+        return torch.cat([kept, new], 1).chunk(2, 1)
+
+    def extra_repr(self) -> str:
+        return ", ".join([f"keep={self.keep}", *filter(None, [super().extra_repr()])])
