@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import assert_within_budget
-from test_modules import randomise
+from module_helpers import randomise
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
