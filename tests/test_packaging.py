@@ -17,9 +17,10 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
 
 import effops
-from effops import _library
+from effops import _library, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -274,3 +275,18 @@ def test_every_environment_variable_is_in_the_readme() -> None:
 def test_the_readme_example_runs() -> None:
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile(example, "README.md", "exec"), {})
+
+
+def test_the_readme_names_what_exists() -> None:
+    """The functions and modules of its operator table, the backends of its backend table."""
+    readme = (ROOT / "README.md").read_text()
+    (operators,) = re.findall(r"## Operators\n(.*?)\n## ", readme, re.DOTALL)
+    rows = [row.split("|")[2:4] for row in re.findall(r"^\| .*", operators, re.MULTILINE)[1:]]
+    assert len(rows) >= 5
+    for functions, modules in rows:
+        for name in re.findall(r"`(\w+)`", functions):
+            assert callable(getattr(effops.functional, name)), name
+        for name in re.findall(r"`(\w+)`", modules):
+            assert issubclass(getattr(effops, name), torch.nn.Module), name
+    (table,) = re.findall(r"## Backends\n(.*?)\n## ", readme, re.DOTALL)
+    assert tuple(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == backends.names()[1:]
