@@ -6,6 +6,8 @@ They are what the fused modules are compared with, in value and in speed: tests 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,16 +28,38 @@ __all__ = [
 ]
 
 
-def _bank_conv2d(conv: nn.Module, input: Tensor) -> Tensor:
-    """Depthwise convolution of C channels with kernel `c mod K` of conv.weight [K, 1, kh, kw]."""
-    channels, kernels = conv.channels, conv.weight.shape[0]
-    weight = conv.weight.repeat(-(-channels // kernels), 1, 1, 1)[:channels]
+def _repeated(weight: Tensor, channels: int) -> Tensor:
+    """[C, 1, kh, kw] with kernel `c mod K` of weight [K, 1, kh, kw] for channel c."""
+    return weight.repeat(-(-channels // weight.shape[0]), 1, 1, 1)[:channels]
+
+
+def _depthwise(conv: nn.Module, input: Tensor, weight: Tensor) -> Tensor:
+    """Depthwise convolution with one kernel a channel, weight [C, 1, kh, kw]; all else as in conv."""
     padding = conv.padding
     if not isinstance(padding, str) and (len(padding) == 4 or conv.padding_mode != "zeros"):
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         input = F.pad(input, conv._reversed_padding_repeated_twice, mode=mode)
         padding = (0, 0)
-    return F.conv2d(input, weight, conv.bias, conv.stride, padding, conv.dilation, channels)
+    return F.conv2d(input, weight, conv.bias, conv.stride, padding, conv.dilation, conv.channels)
+
+
+class _Constant(nn.Module):
+    """Repeats constant kernels once, as anyone who uses stock convolutions would.
+
+    The buffer `repeated` is not in the state dict. It follows `.to()` and `load_state_dict`; after any other change of
+    `weight` it has to be set anew.
+    """
+
+    def __init__(self, channels: int, *args: Any, **kwargs: Any) -> None:
+        super().__init__(channels, *args, **kwargs)
+        self.register_buffer("repeated", _repeated(self.weight, self.channels).clone(), persistent=False)
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self.repeated = _repeated(self.weight, self.channels).clone()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _depthwise(self, input, self.repeated)
 
 
 class DepthwiseConv2d(modules.DepthwiseConv2d):
@@ -46,24 +70,18 @@ class DepthwiseConv2d(modules.DepthwiseConv2d):
 
 
 class SharedDepthwiseConv2d(modules.SharedDepthwiseConv2d):
-    """`effops.SharedDepthwiseConv2d` on the repeated weight."""
+    """`effops.SharedDepthwiseConv2d` on the weight, repeated on each call: its gradient is the sum over the copies."""
 
     def forward(self, input: Tensor) -> Tensor:
-        return _bank_conv2d(self, input)
+        return _depthwise(self, input, _repeated(self.weight, self.channels))
 
 
-class FixedFilterConv2d(modules.FixedFilterConv2d):
+class FixedFilterConv2d(_Constant, modules.FixedFilterConv2d):
     """`effops.FixedFilterConv2d` on the repeated bank."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return _bank_conv2d(self, input)
 
-
-class BlurPool2d(modules.BlurPool2d):
+class BlurPool2d(_Constant, modules.BlurPool2d):
     """`effops.BlurPool2d` on the repeated filter."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _bank_conv2d(self, input)
 
 
 class FusedDSConv(modules.FusedDSConv):

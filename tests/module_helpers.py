@@ -79,7 +79,8 @@ def compare(
         network.train(train)
         wanted = tuple(x.double() for x in inputs) if network is truth else inputs
         outputs, gradients = run(network, wanted, grads)
-        buffers = {name: buffer for name, buffer in network.named_buffers() if buffer.is_floating_point()}
+        kept = network.state_dict()
+        buffers = {name: b for name, b in network.named_buffers() if name in kept and b.is_floating_point()}
         results.append(outputs | gradients | buffers)
         counts = {name: b.item() for name, b in network.named_buffers() if name.endswith("num_batches_tracked")}
         assert counts == dict.fromkeys(counts, int(train))

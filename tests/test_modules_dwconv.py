@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from module_helpers import compare, image
 from torch import nn
 
-from effops import modules
+from effops import modules, stock
 
 # torch's own remark on the twin's even kernels.
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
@@ -88,3 +89,18 @@ def test_blur_keeps_a_constant_image() -> None:
         torch.testing.assert_close(y[:, :, 2:-2, 2:-2], torch.ones(1, 2, 4, 4), rtol=1e-6, atol=0)
     negated = modules.BlurPool2d(4, alternate_sign=True)(torch.ones(1, 4, 8, 8))
     assert (negated[:, 0] > 0).all() and torch.equal(negated[:, 0], -negated[:, 1])
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_constants_that_a_twin_repeats_once_follow_the_state_dict_and_the_dtype(assign: bool) -> None:
+    twin, other = stock.FixedFilterConv2d(10, "vgnet8", 2), stock.FixedFilterConv2d(10, image(8, 3, 3), 2)
+    assert list(twin.state_dict()) == ["weight"]
+    x = image(2, 10, 6, 5).float()
+    before = twin(x)
+    twin.load_state_dict(other.state_dict(), assign=assign)
+    assert not torch.equal(twin(x), before)
+    assert torch.equal(twin(x), other(x))
+    for dtype in (torch.float64, torch.bfloat16):
+        converted = copy.deepcopy(twin).to(dtype)
+        weight = converted.weight.repeat(2, 1, 1, 1)[:10]
+        assert torch.equal(converted(x.to(dtype)), F.conv2d(x.to(dtype), weight, None, 2, 1, 1, 10))
