@@ -90,9 +90,9 @@ class RowSource {
 constexpr int kSmallBlock = 4;
 constexpr int kWideBlock = EFFOPS_VECTOR_BYTES == 64 ? 7 : 4;
 
-// One output row segment. D is what the destination holds; tail lanes beyond `channels` are stored unless Exact.
 alignas(64) constexpr char kZeros[EFFOPS_VECTOR_BYTES] = {};  // a pixel outside the map
 
+// One output row segment. D is what the destination holds; tail lanes beyond `channels` are stored unless Exact.
 template <class T, class D, bool Exact>
 class DepthwiseRow {
   using C = compute<T>;

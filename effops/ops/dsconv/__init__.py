@@ -5,10 +5,17 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
-from effops import _library
 from effops.ops import geometry as G
 from effops.ops.dsconv import reference
-from effops.ops.dwconv import Kernels, depthwise_flops, fake_gradients, fake_output, kernel_gradients, kernels_of
+from effops.ops.dwconv import (
+    Kernels,
+    depthwise_flops,
+    fake_gradients,
+    fake_output,
+    kernel_gradients,
+    kernels_of,
+    register_fake,
+)
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
 
@@ -22,7 +29,7 @@ _PASSTHROUGH, _DW_RESIDUAL, _RESIDUAL = 1, 6, 11
 _IMAGES = 1 | 1 << _PASSTHROUGH | 1 << _DW_RESIDUAL | 1 << _RESIDUAL
 
 
-@torch.library.register_fake("effops::dsconv_fwd", lib=_library.lib)
+@register_fake("dsconv_fwd")
 def _dsconv_fwd(
     input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, scale, shift, residual, geometry, slopes,
@@ -32,7 +39,7 @@ def _dsconv_fwd(
     return fake_output(input, (n, geometry[G.KEEP] + pw_weight.shape[0], p, q), geometry)
 
 
-@torch.library.register_fake("effops::dsconv_bwd", lib=_library.lib)
+@register_fake("dsconv_bwd")
 def _dsconv_bwd(
     grad_output, output, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, scale, shift, residual, geometry, slopes, mask,

@@ -6,6 +6,7 @@ with kernel `weight[o mod B]`, weight [B,1,R,S].
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -49,6 +50,28 @@ def kernels_of(table: dict[str, Kernels], backend: str, function: str) -> Kernel
 # ---- fakes ----------------------------------------------------------------------------------------------------------
 
 
+def register_fake(name: str) -> Callable:
+    """Registers the fake of operator `name`, which runs only where all tensors are on one device.
+
+    A meta tensor among real ones makes the dispatcher take the fake; without the check it would answer with
+    uninitialised memory.
+    """
+
+    def register(fake: Callable) -> Callable:
+        @functools.wraps(fake)
+        def checked(*args):
+            devices = {arg.device for arg in args if isinstance(arg, Tensor)}
+            if len(devices) > 1:
+                found = ", ".join(sorted(map(str, devices)))
+                raise RuntimeError(f"effops::{name}: all tensors must be on one device, got {found}")
+            return fake(*args)
+
+        torch.library.register_fake(f"effops::{name}", checked, lib=_library.lib)
+        return fake
+
+    return register
+
+
 def fake_output(input: Tensor, shape: Sequence[int], geometry: list[int]) -> Tensor:
     """An empty tensor as the kernels allocate it: the input's dtype and device, the geometry's memory format."""
     return torch.empty(
@@ -70,19 +93,19 @@ def fake_gradients(tensors: Sequence[Tensor | None], images: int, geometry: list
     return gradients
 
 
-@torch.library.register_fake("effops::dwconv_fwd", lib=_library.lib)
+@register_fake("dwconv_fwd")
 def _dwconv_fwd(input, weight, bias, scale, shift, residual, geometry, slope):
     n, c, h, w = input.shape
     p, q = G.output_size(h, w, weight.shape[2], weight.shape[3], geometry)
     return fake_output(input, (n, c * geometry[G.MULTIPLIER], p, q), geometry)
 
 
-@torch.library.register_fake("effops::dwconv_bwd", lib=_library.lib)
+@register_fake("dwconv_bwd")
 def _dwconv_bwd(grad_output, output, input, weight, bias, scale, shift, residual, geometry, slope, mask):
     return fake_gradients((input, weight, bias, scale, shift, residual), 0b100001, geometry, mask)
 
 
-@torch.library.register_fake("effops::dwconv_stats", lib=_library.lib)
+@register_fake("dwconv_stats")
 def _dwconv_stats(input, weight, bias, geometry):
     channels = input.shape[1] * geometry[G.MULTIPLIER]
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
@@ -90,7 +113,7 @@ def _dwconv_stats(input, weight, bias, geometry):
     return mean, torch.empty_like(mean)
 
 
-@torch.library.register_fake("effops::dwconv_stats_bwd", lib=_library.lib)
+@register_fake("dwconv_stats_bwd")
 def _dwconv_stats_bwd(grad_mean, grad_var, mean, input, weight, bias, geometry, mask):
     return fake_gradients((input, weight, bias), 0b001, geometry, mask)
 
