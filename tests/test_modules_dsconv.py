@@ -26,6 +26,14 @@ pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even k
 MOBILENET = {"dw_norm": BN, "dw_act": "relu6", "norm": BN, "act": "relu6"}
 SMOOTH = {"dw_norm": BN, "dw_act": "silu", "norm": BN, "act": "hardswish"}
 
+
+def norm_without_bias(channels: int) -> nn.BatchNorm2d:
+    """What `BatchNorm2d(channels, bias=False)` makes in newer versions of torch."""
+    norm = BN(channels)
+    norm.bias = None
+    return norm
+
+
 # id: (positional and keyword arguments of FusedDSConv, input shape)
 CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
     "plain": ((6, 10), {}, (2, 6, 7, 9)),
@@ -58,6 +66,7 @@ CASES: dict[str, tuple[tuple[int, ...], dict[str, Any], tuple[int, ...]]] = {
         (2, 4, 6, 7),
     ),
     "not_affine": ((4, 6), {"dw_norm": partial(BN, affine=False), "norm": partial(BN, affine=False)}, (2, 4, 6, 7)),
+    "no_norm_bias": ((4, 6), {"dw_norm": norm_without_bias, "norm": norm_without_bias, "act": "silu"}, (2, 4, 6, 7)),
     "group_norm_after": ((4, 6), {"dw_norm": BN, "norm": partial(nn.GroupNorm, 2), "act": "silu"}, (2, 4, 6, 7)),
     "group_norm_between": ((4, 6), {"dw_norm": partial(nn.GroupNorm, 2), "norm": BN, "act": "silu"}, (2, 4, 6, 7)),
     "unknown_activation": ((4, 6), {**SMOOTH, "act": partial(nn.GELU, "tanh"), "post_act": "silu"}, (2, 4, 6, 7)),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effops.modules._arguments import ACTIVATION_MODULES
-from effops.modules._norms import Affine, affine_of, takes_batch_statistics
+from effops.modules._norms import Affine, running_affine
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
 
 _DW_KINDS = (nn.Conv2d, DepthwiseConv2d, SharedDepthwiseConv2d, FixedFilterConv2d, BlurPool2d)
@@ -153,10 +153,8 @@ def run_stages(output: Tensor, stages: Iterable[Stage]) -> Tensor:
 
 def norm_stage(norm: nn.Module) -> Stage:
     """A norm stage that is fused where the norm is a plain BatchNorm2d on running statistics."""
-    affine = None
-    if type(norm) is nn.BatchNorm2d and not takes_batch_statistics(norm) and not tampered(norm):
-        affine = affine_of(norm, norm.running_mean, norm.running_var)
-    return Stage("norm", norm, affine)
+    fuses = type(norm) is nn.BatchNorm2d and not tampered(norm)
+    return Stage("norm", norm, running_affine(norm) if fuses else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -165,7 +163,10 @@ def norm_stage(norm: nn.Module) -> Stage:
 
 
 class FusedBlock(nn.Module):
-    """What the blocks that end in a pointwise convolution share: reasons, repr, the fused and the unfused path."""
+    """What the blocks that end in a pointwise convolution share: reasons and repr.
+
+    Their fused paths read `self._modules`: an attribute of a module takes half a microsecond, and a block has many.
+    """
 
     backend: str
     # (sub-module, the check that applies) of the part that must fuse as a whole and of the part that may follow.

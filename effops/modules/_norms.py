@@ -19,17 +19,22 @@ def takes_batch_statistics(norm: nn.Module) -> bool:
 
 def affine_of(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> Affine:
     """(scale, shift) such that norm(x) = x * scale + shift; at least float32."""
-    weight, bias = norm.weight, norm.bias
     if mean.dtype in HALF_TYPES:
         mean, var = mean.float(), var.float()
-    if weight is not None and weight.dtype != mean.dtype:
-        weight = weight.to(mean.dtype)
-        bias = bias.to(mean.dtype)
-    scale = torch.rsqrt(var + norm.eps)
-    if weight is None:
+    weight, bias = norm.weight, norm.bias
+    scale = (var + norm.eps).rsqrt_()
+    if weight is not None:
+        scale = (weight if weight.dtype == mean.dtype else weight.to(mean.dtype)) * scale
+    if bias is None:
         return scale, -mean * scale
-    scale = weight * scale
-    return scale, torch.addcmul(bias, mean, scale, value=-1)
+    return scale, torch.addcmul(bias if bias.dtype == mean.dtype else bias.to(mean.dtype), mean, scale, value=-1)
+
+
+def running_affine(norm: nn.BatchNorm2d) -> Affine | None:
+    """The affine form on the running statistics; None where the norm takes those of the batch."""
+    if norm.training or (mean := norm.running_mean) is None:
+        return None
+    return affine_of(norm, mean, norm.running_var)
 
 
 def check_batch_size(values_per_channel: int, shape: Sequence[int]) -> None:

@@ -284,12 +284,13 @@ class FusedDSConv(FusedBlock):
         operands, dw_arguments = self._dw_arguments(input)
         stages = self._tail_stages(residual)
         epilogue, fused = fill_epilogue(stages)
+        pw = self._modules["pw"]
         output = EF.ds_conv2d(
             operands[0],
             operands[1],
-            self.pw.weight,
+            pw.weight,
             operands[2],
-            self.pw.bias,
+            pw.bias,
             *operands[3:],
             **dw_arguments,
             **epilogue,
@@ -308,32 +309,32 @@ class FusedDSConv(FusedBlock):
         return self.post_act(y if residual is None else y + residual)
 
     def _tail_stages(self, residual: Tensor | None) -> list[Stage]:
-        norm, act = norm_stage(self.norm), Stage("act", self.act)
+        parts = self._modules
+        norm, act = norm_stage(parts["norm"]), Stage("act", parts["act"])
         stages = [norm, act] if self.norm_first else [act, norm]
         if residual is not None:
             stages.append(Stage("residual", residual))
-        stages.append(Stage("act", self.post_act))
+        stages.append(Stage("act", parts["post_act"]))
         return stages
 
     def _dw_arguments(self, input: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """((input, dw weight, dw bias, stride, padding, dilation), dw_ keywords) of the fused call."""
-        dw = self.dw
+        parts = self._modules
+        dw, dw_norm = parts["dw"], parts["dw_norm"]
         input, padding = pad_for(dw, input)
         operands = (input, kernels_of(dw), dw.bias, dw.stride, self.uneven_padding or padding, dw.dilation)
-        act = Stage("act", self.dw_act)
-        if not takes_batch_statistics(self.dw_norm):
-            norm = norm_stage(self.dw_norm)
-        else:
+        norm, act = norm_stage(dw_norm), Stage("act", parts["dw_act"])
+        if norm.affine is None and takes_batch_statistics(dw_norm):
             # The statistics of an activated result need that result: it is stored.
             ahead = {} if self.norm_first else fill_epilogue([act])[0]
             if ahead or self._store_intermediate(input):
                 stored = EF.depthwise_conv2d(*operands, **ahead, backend=self.backend)
-                norm = Stage("norm", self.dw_norm, self._statistics_of(stored))
+                norm = Stage("norm", dw_norm, self._statistics_of(stored))
                 identity = stored.new_ones(stored.shape[1], 1, 1, 1)
                 operands = (stored, identity, None, (1, 1), (0, 0), (1, 1))
                 act = Stage("act", nn.Identity()) if ahead else act
             else:
-                norm = Stage("norm", self.dw_norm, self._statistics(operands))
+                norm = Stage("norm", dw_norm, self._statistics(operands))
         epilogue, _ = fill_epilogue([norm, act] if self.norm_first else [act, norm])
         return operands, {f"dw_{name}": value for name, value in epilogue.items()}
 

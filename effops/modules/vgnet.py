@@ -92,8 +92,9 @@ class HalfIdentityBlock(FusedBlock):
         left, right = _as_pair_state(type(self).__name__, state)
         if not self._fuses():
             return self._forward_unfused(left, right)
-        dw, pw = self.dw, self.pw
-        stages = [Stage("act", self.act), norm_stage(self.norm)]
+        parts = self._modules
+        dw, pw = parts["dw"], parts["pw"]
+        stages = [Stage("act", parts["act"]), norm_stage(parts["norm"])]
         epilogue, fused = fill_epilogue(stages)
         right, new = EF.half_identity2d(
             left, right, dw.weight, pw.weight, dw.bias, pw.bias, dw.padding, **epilogue, backend=self.backend
@@ -171,8 +172,9 @@ class DownsamplingBlock(FusedBlock):
             input = torch.cat(_as_pair_state(type(self).__name__, input), 1)
         if not self._fuses():
             return self._forward_unfused(input)
-        dw, pw = self.dw, self.pw
-        stages = [Stage("act", self.act), norm_stage(self.norm)]
+        parts = self._modules
+        dw, pw = parts["dw"], parts["pw"]
+        stages = [Stage("act", parts["act"]), norm_stage(parts["norm"])]
         epilogue, fused = fill_epilogue(stages)
         output = EF.downsampling2d(
             input,
