@@ -63,14 +63,14 @@ struct DsconvForward {
     if (pixels <= tile_pixels(ldz * sizeof(Z), g.Q) || g.N * g.P == 1) {
       run_by_panels(slots_for(cost, panels.count));
     } else {
-      run_by_pixels(slots_for(cost, g.N * g.P));
+      run_by_pixels(shares_for(cost, g.N * g.P));
     }
   }
 
   // Small maps: ranges of output channels, each with the whole (cheap) depthwise; a panel is packed just before its one use, so that it is
   // read from L2 and never written back.
   void run_by_panels(index_t slots) {
-    run_slots(slots, [&](index_t s) {
+    run_tasks(slots, [&](index_t s) {
       const index_t first = panels.count * s / slots, last = panels.count * (s + 1) / slots;
       Arena arena(Arena::kTask);
       index_t widest = 0;
@@ -90,17 +90,20 @@ struct DsconvForward {
   }
 
   // Everything else: W is packed once by all threads, then ranges of whole output rows.
-  void run_by_pixels(index_t slots) {
-    const index_t packers = imin(slots, panels.count), rows = g.N * g.P;
+  void run_by_pixels(index_t shares) {
+    const index_t rows = g.N * g.P;
     W* packed = static_cast<W*>(shared.allocate(k_steps * panels.vectors * kLanes<C> * sizeof(W)));
     const auto panel_weights = [&](index_t i) { return packed + k_steps * panels.first_column(i); };
-    run_slots(packers, [&](index_t s) {
-      for (index_t i = panels.count * s / packers; i < panels.count * (s + 1) / packers; ++i) pack(i, panel_weights(i));
-    });
-    run_slots(slots, [&](index_t s) {
+    const auto pack_one = [&](index_t i) { pack(i, panel_weights(i)); };
+    if (slots_for(k_steps * panels.vectors, panels.count) > 1) {
+      run_tasks(panels.count, pack_one);
+    } else {
+      for (index_t i = 0; i < panels.count; ++i) pack_one(i);
+    }
+    run_tasks(shares, [&](index_t s) {
       Arena arena(Arena::kTask);
-      const index_t end = rows * (s + 1) / slots * g.Q;
-      index_t begin = rows * s / slots * g.Q;
+      const index_t end = rows * (s + 1) / shares * g.Q;
+      index_t begin = rows * s / shares * g.Q;
       Range range(*this, arena, end - begin, 0, panels.count);
       for (; begin < end; begin += range.tile) {
         range.load(begin, imin(end, begin + range.tile));

@@ -72,7 +72,7 @@ struct DsconvBackward {
   }
 
   void run() {
-    run_slots(plan.slots, [&](index_t slot) { Slot(*this, slot).run(); });
+    run_tasks(plan.slots, [&](index_t slot) { Slot(*this, slot).run(); });
     if (dw_sums) {
       reduce_slots(dw_sums, plan.slots, g.R * g.S * ld_dw);
       write_depthwise_weight_grad<T>(g, dw_sums, args.grad_dw_weight);

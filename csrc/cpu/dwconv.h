@@ -1,26 +1,6 @@
 // Room dwconv: depthwise convolution (learned, shared and fixed banks) with its epilogue.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 
-// A contiguous share of work for each thread; small work stays on one. `cost` is in FMA registers (about one cycle each).
-inline index_t slots_for(double cost, index_t units) {
-  constexpr double kGrain = 20000;  // below ~6 us a second thread costs more than it brings
-  const index_t threads = thread_count();
-  const index_t worth = static_cast<index_t>(cost / kGrain);
-  return imax(1, imin(imin(threads, worth), units));
-}
-
-template <class F>
-inline void run_slots(index_t count, const F& body) {
-  parallel_tasks(count, [](void* context, index_t i) { (*static_cast<const F*>(context))(i); }, const_cast<F*>(&body));
-}
-
-// Pixels a task works on at a time: a tile of `bytes_per_pixel` stays in L2 and most of it in L1. Whole rows where they fit.
-inline index_t tile_pixels(index_t bytes_per_pixel, index_t row) {
-  constexpr index_t kTileBytes = 96 * 1024;
-  const index_t pixels = imax(28, imin(280, kTileBytes / imax(1, bytes_per_pixel)));
-  return row <= pixels ? pixels / row * row : pixels / 28 * 28;
-}
-
 template <class T>
 void dwconv_fwd(const DwconvForwardArgs& args) {
   using C = compute<T>;
@@ -32,12 +12,12 @@ void dwconv_fwd(const DwconvForwardArgs& args) {
   const Epilogue<C> epilogue(shared, args.epilogue, channels);
   const bool direct = args.output.c == 1 && epilogue.residual.data == nullptr;
   const double cost = static_cast<double>(pixels) * ld / kLanes<C> * (g.R * g.S + 4);
-  const index_t slots = slots_for(cost, g.N * g.P);
+  const index_t shares = shares_for(cost, g.N * g.P);
 
-  run_slots(slots, [&](index_t slot) {
+  run_tasks(shares, [&](index_t share) {
     Arena arena(Arena::kTask);
     RowSource<T> source(arena, args.input, g);
-    const index_t begin = g.N * g.P * slot / slots * g.Q, end = g.N * g.P * (slot + 1) / slots * g.Q;
+    const index_t begin = g.N * g.P * share / shares * g.Q, end = g.N * g.P * (share + 1) / shares * g.Q;
     if (direct) {
       const DepthwiseRow<T, T, true> kernel(g, weights, epilogue, true);
       for_each_row_segment(begin, end, g.P, g.Q, [&](index_t n, index_t p, index_t q, index_t count, index_t) {
@@ -123,7 +103,7 @@ void dwconv_stats(const DwconvStatsArgs& args) {
   Moments* partial = static_cast<Moments*>(shared.allocate(slots * sizeof(Moments)));
   for (index_t s = 0; s < slots; ++s) partial[s] = new_moments(shared, channels);
 
-  run_slots(slots, [&](index_t slot) {
+  run_tasks(slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
     RowSource<T> source(arena, args.input, g);
     const DepthwiseRow<T, C, false> kernel(g, weights, epilogue, true);

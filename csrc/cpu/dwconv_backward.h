@@ -60,7 +60,7 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
   C* weight_sums = args.grad_weight ? partial_sums<C>(shared, plan.slots, taps * ld) : nullptr;
   const EpilogueSums sums = epilogue_sums(shared, args.grads, channels, plan.slots);
 
-  run_slots(plan.slots, [&](index_t slot) {
+  run_tasks(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
     DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
                           weight_sums ? weight_sums + slot * taps * ld : nullptr);
@@ -126,7 +126,7 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
   grads.bias_dtype = args.grad_bias_dtype;
   const EpilogueSums sums = epilogue_sums(shared, grads, channels, plan.slots);
 
-  run_slots(plan.slots, [&](index_t slot) {
+  run_tasks(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
     DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
                           weight_sums ? weight_sums + slot * taps * ld : nullptr);

@@ -19,6 +19,7 @@ namespace {
 #include "csrc/cpu/simd.h"
 #include "csrc/cpu/activation.h"
 #include "csrc/cpu/layout.h"
+#include "csrc/cpu/tasks.h"
 #include "csrc/cpu/epilogue.h"
 #include "csrc/cpu/gemm.h"
 #include "csrc/cpu/depthwise.h"

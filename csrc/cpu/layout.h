@@ -13,9 +13,45 @@ EFFOPS_INLINE V zip_high(V a, V b, std::index_sequence<I...>) {
   return __builtin_shuffle(a, b, M{(I % 2 == 0 ? (n + int(I)) / 2 : n + (n + int(I)) / 2)...});
 }
 
+#if EFFOPS_VECTOR_BYTES == 64
+// 16x16 floats: two steps inside the 128-bit lanes, two of whole lanes. Unlike the general form below none needs an index register, which
+// halves the time; packing a weight for a 7x7 map was 20 % of the layer.
+EFFOPS_INLINE void transpose_floats(vec<float> (&rows)[16]) {
+  __m512 pairs[16], quads[16];
+#pragma GCC unroll 8
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps((__m512)rows[i], (__m512)rows[i + 1]);
+    pairs[i + 1] = _mm512_unpackhi_ps((__m512)rows[i], (__m512)rows[i + 1]);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < 16; i += 4) {  // quads[i + j]: column j of every lane of rows i .. i + 3
+#pragma GCC unroll 2
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(pairs[i + j]), b = _mm512_castps_pd(pairs[i + 2 + j]);
+      quads[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      quads[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; ++j) {  // a 4x4 transposition of lanes gives the columns j, 4 + j, 8 + j, 12 + j
+    const __m512 a = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0x88),
+                 b = _mm512_shuffle_f32x4(quads[j], quads[4 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(quads[8 + j], quads[12 + j], 0xdd);
+    rows[j] = (vec<float>)_mm512_shuffle_f32x4(a, c, 0x88);
+    rows[4 + j] = (vec<float>)_mm512_shuffle_f32x4(b, d, 0x88);
+    rows[8 + j] = (vec<float>)_mm512_shuffle_f32x4(a, c, 0xdd);
+    rows[12 + j] = (vec<float>)_mm512_shuffle_f32x4(b, d, 0xdd);
+  }
+}
+#endif
+
 // Transposes L registers of L lanes in place: log2(L) perfect shuffles.
 template <class C>
 EFFOPS_INLINE void transpose(vec<C> (&rows)[kLanes<C>]) {
+#if EFFOPS_VECTOR_BYTES == 64
+  if constexpr (std::is_same_v<C, float>) return transpose_floats(rows);
+#endif
   constexpr int L = kLanes<C>;
   using Index = std::make_index_sequence<L>;
 #pragma GCC unroll 8
@@ -31,35 +67,6 @@ EFFOPS_INLINE void transpose(vec<C> (&rows)[kLanes<C>]) {
   }
 }
 
-#if EFFOPS_VECTOR_BYTES == 64
-// 16x16 floats from memory to memory. Quarters of four rows are gathered by the loads, so that only the shuffles inside 128-bit lanes
-// remain: 32 instead of 64. Packing a weight for a 7x7 map is 10 % of the layer, hence the care. Each line of src is touched four times, so
-// the 16 rows must not fall into the same sets of L1: see the caller.
-EFFOPS_INLINE void transpose_16x16(const float* src, index_t src_ld, float* dst, index_t dst_ld) {
-#pragma GCC unroll 4
-  for (int quarter = 0; quarter < 4; ++quarter) {  // columns 4 * quarter ...
-    __m512 row[4];                                 // row[i]: rows i, 4 + i, 8 + i, 12 + i in the four lanes
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) {
-      const float* at = src + i * src_ld + 4 * quarter;
-      __m512 r = _mm512_castps128_ps512(_mm_loadu_ps(at));
-      r = _mm512_insertf32x4(r, _mm_loadu_ps(at + 4 * src_ld), 1);
-      r = _mm512_insertf32x4(r, _mm_loadu_ps(at + 8 * src_ld), 2);
-      row[i] = _mm512_insertf32x4(r, _mm_loadu_ps(at + 12 * src_ld), 3);
-    }
-    const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(row[0], row[1])),
-                  b = _mm512_castps_pd(_mm512_unpackhi_ps(row[0], row[1]));
-    const __m512d c = _mm512_castps_pd(_mm512_unpacklo_ps(row[2], row[3])),
-                  d = _mm512_castps_pd(_mm512_unpackhi_ps(row[2], row[3]));
-    float* to = dst + 4 * quarter * dst_ld;
-    _mm512_storeu_pd(to, _mm512_unpacklo_pd(a, c));
-    _mm512_storeu_pd(to + dst_ld, _mm512_unpackhi_pd(a, c));
-    _mm512_storeu_pd(to + 2 * dst_ld, _mm512_unpacklo_pd(b, d));
-    _mm512_storeu_pd(to + 3 * dst_ld, _mm512_unpackhi_pd(b, d));
-  }
-}
-#endif
-
 // dst[j * dst_ld + i] = src[i * src_ld + j] for i < rows, j < columns; both sides contiguous along their inner index.
 template <class D, class S>
 __attribute__((noinline)) void transpose_block(const S* src, index_t src_ld, index_t rows, index_t columns, D* dst,
@@ -70,14 +77,6 @@ __attribute__((noinline)) void transpose_block(const S* src, index_t src_ld, ind
     const index_t ni = imin(L, rows - i);
     for (index_t j = 0; j < columns; j += L) {
       const index_t nj = imin(L, columns - j);
-#if EFFOPS_VECTOR_BYTES == 64
-      if constexpr (std::is_same_v<S, float> && std::is_same_v<D, float>) {
-        if (ni == L && nj == L && src_ld % 512 != 0) {
-          transpose_16x16(src + i * src_ld + j, src_ld, dst + j * dst_ld + i, dst_ld);
-          continue;
-        }
-      }
-#endif
       vec<C> r[L];
       if (ni == L && nj == L) {
 #pragma GCC unroll 16

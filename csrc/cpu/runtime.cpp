@@ -2,6 +2,8 @@
 
 #include <torch/csrc/stable/ops.h>
 
+#include <algorithm>
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -16,8 +18,10 @@ void parallel_tasks(index_t count, void (*body)(void*, index_t), void* context) 
     body(context, 0);
     return;
   }
-  torch::stable::parallel_for(0, count, 1, [&](index_t begin, index_t end) {
-    for (index_t i = begin; i < end; ++i) body(context, i);
+  std::atomic<index_t> next{0};
+  const index_t workers = std::min<index_t>(count, thread_count());
+  torch::stable::parallel_for(0, workers, 1, [&](index_t, index_t) {
+    for (index_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
   });
 }
 

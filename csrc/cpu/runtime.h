@@ -7,7 +7,7 @@
 
 namespace effops {
 
-// Runs body(context, i) for i in [0, count) on torch's threads, at most one index range per thread.
+// Runs body(context, i) for i in [0, count) on torch's threads, which take the indices in order as they become free.
 void parallel_tasks(index_t count, void (*body)(void* context, index_t i), void* context);
 int thread_count();
 
