@@ -464,7 +464,8 @@ def test_saved_output_of_another_activation_is_not_misread(case: DwCase | DsCase
 def test_random_garbage_never_crashes() -> None:
     """Geometry of random integers beside tensors of random small shapes: a result or a RuntimeError."""
     gen = generator("garbage")
-    values = torch.tensor([-(2**63), -1, 0, 2, 3, 9, 2**31 - 1, 2**32, 2**40, 2**62, 2**63 - 1])
+    # Nothing between 10 and 2^40: that would be right, and gigabytes large.
+    values = torch.tensor([-(2**63), -1, 0, 2, 3, 9, 2**40, 2**62, 2**63 - 1])
     sound = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
     right = refused = 0
 
