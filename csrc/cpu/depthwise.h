@@ -62,6 +62,8 @@ class RowSource {
   }
 
   index_t pixel_stride() const { return pixel_stride_; }
+  // How far below a row its successor in the window starts; 0 where rows come through the ring.
+  index_t next_row() const { return direct_ ? g_.stride_h * tensor_.h : 0; }
 
   const T* row(index_t n, index_t h) {
     const T* source = static_cast<const T*>(tensor_.data) + n * tensor_.n + h * tensor_.h;
@@ -113,14 +115,15 @@ class DepthwiseRow {
   void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld,
            const C* residual, index_t residual_ld) const {
     const TapRange r = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
-    Segment segment{{}, r.begin, r.end, source.pixel_stride(), q0, count, dst, dst_ld, residual, residual_ld};
+    Segment segment{{},     r.begin,  r.end,      source.pixel_stride(), source.next_row(), q0, count, dst,
+                    dst_ld, residual, residual_ld};
     constexpr index_t kMaxRows = 16;  // taller kernels are summed by the slow path in slices
     if (r.end - r.begin <= kMaxRows) {
       const T* rows[kMaxRows];
       for (index_t i = r.begin; i < r.end; ++i)
         rows[i - r.begin] = source.row(n, p * g_.stride_h - g_.pad_top + i * g_.dilation_h);
       segment.rows = rows;
-      all_channels(segment);
+      choose_kernel(segment);
     } else {
       tall(source, n, p, segment);
     }
@@ -130,7 +133,7 @@ class DepthwiseRow {
   struct Segment {
     const T* const* rows;  // the valid kernel rows, from r_begin on
     index_t r_begin, r_end;
-    index_t pixel_stride;
+    index_t pixel_stride, next_row;
     index_t q0, count;
     D* dst;
     index_t dst_ld;
@@ -138,32 +141,28 @@ class DepthwiseRow {
     index_t residual_ld;
   };
 
-  void all_channels(const Segment& s) const {
-    const index_t L = kLanes<C>;
-    for (index_t c = 0; c < channels_; c += L) {
-      if (c + L <= channels_) {
-        choose_kernel<true>(s, c);
-      } else {
-        choose_kernel<false>(s, c);
-      }
+  void choose_kernel(const Segment& s) const {
+    if (g_.dilation_w == 1 && g_.S == 3 && g_.stride_w == 1) {
+      sliding<3, 1>(s);
+    } else if (g_.dilation_w == 1 && g_.S == 3 && g_.stride_w == 2) {
+      sliding<3, 2>(s);
+    } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 1) {
+      sliding<5, 1>(s);
+    } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 2) {
+      sliding<5, 2>(s);
+    } else if (g_.S == 1) {
+      sliding<1, 0>(s);
+    } else {
+      for (index_t i = 0; i < s.count; ++i) pixel(out_, s, i);
     }
   }
 
-  template <bool Full>
-  void choose_kernel(const Segment& s, index_t c) const {
-    if (g_.dilation_w == 1 && g_.S == 3 && g_.stride_w == 1) {
-      sliding<Full, 3, 1>(s, c);
-    } else if (g_.dilation_w == 1 && g_.S == 3 && g_.stride_w == 2) {
-      sliding<Full, 3, 2>(s, c);
-    } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 1) {
-      sliding<Full, 5, 1>(s, c);
-    } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 2) {
-      sliding<Full, 5, 2>(s, c);
-    } else if (g_.S == 1) {
-      sliding<Full, 1, 0>(s, c);
-    } else {
-      for (index_t i = 0; i < s.count; ++i) pixel<Full>(out_, s, c, i);
-    }
+  // f(c, whole): every register of channels; `whole` is a compile-time constant.
+  template <class F>
+  EFFOPS_INLINE void for_each_register(const F& f) const {
+    index_t c = 0;
+    for (; c + kLanes<C> <= channels_; c += kLanes<C>) f(c, std::true_type{});
+    if (c < channels_) f(c, std::false_type{});
   }
 
   // The epilogue as most layers have it: bias, then a clamp. Copied into locals by the kernels, since every store might alias `this`.
@@ -185,47 +184,54 @@ class DepthwiseRow {
   }
 
   // Any kernel, any border: one pixel.
-  template <bool Full>
-  EFFOPS_INLINE void pixel(const Clamp& out, const Segment& s, index_t c, index_t i) const {
+  void pixel(const Clamp& out, const Segment& s, index_t i) const {
     const index_t q = s.q0 + i;
     const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
-    vec<C> acc = out.start(c);
-    for (index_t r = s.r_begin; r < s.r_end; ++r) {
-      const T* x = s.rows[r - s.r_begin] + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
-      const C* w = weights_ + r * g_.S * ld_ + c;
-      for (index_t t = taps.begin; t < taps.end; ++t) {
-        acc = acc + load_lanes<Full>(x + t * g_.dilation_w * s.pixel_stride, channels_ - c) * load(w + t * ld_);
+    for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(whole)::value;
+      vec<C> acc = out.start(c);
+      for (index_t r = s.r_begin; r < s.r_end; ++r) {
+        const T* x = s.rows[r - s.r_begin] + (q * g_.stride_w - g_.pad_left) * s.pixel_stride + c;
+        const C* w = weights_ + r * g_.S * ld_ + c;
+        for (index_t t = taps.begin; t < taps.end; ++t) {
+          acc = acc + load_lanes<kFull>(x + t * g_.dilation_w * s.pixel_stride, channels_ - c) * load(w + t * ld_);
+        }
       }
-    }
-    finish<Full>(out, s, c, i, acc);
+      finish<kFull>(out, s, c, i, acc);
+    });
   }
 
   // S and the stride known at compile time, dilation 1; Stride 0: a 1-tap row at any stride.
-  template <bool Full, int S, int Stride>
-  __attribute__((noinline)) void sliding(const Segment& segment, index_t c) const {
+  // Blocks of pixels outside, channels inside: memory is walked in the order it lies, whatever the distance of two pixels.
+  template <int S, int Stride>
+  __attribute__((noinline)) void sliding(const Segment& segment) const {
     const Segment s = segment;
     const Clamp out = out_;
     constexpr int kWide = S <= 3 ? kWideBlock : kSmallBlock;
     if (s.count >= kWide && round_up(s.count, kWide) <= round_up(s.count, kSmallBlock)) {
-      blocks<Full, S, Stride, kWide>(out, s, c);
+      blocks<S, Stride, kWide>(out, s);
     } else if (s.count >= kSmallBlock) {
-      blocks<Full, S, Stride, kSmallBlock>(out, s, c);
+      blocks<S, Stride, kSmallBlock>(out, s);
     } else {
-      for (index_t i = 0; i < s.count; ++i) pixel<Full>(out, s, c, i);
+      for (index_t i = 0; i < s.count; ++i) pixel(out, s, i);
     }
   }
 
   // The last block is moved back so that it ends with the segment: a few pixels are computed twice instead of one at a time.
-  template <bool Full, int S, int Stride, int Block>
-  EFFOPS_INLINE void blocks(const Clamp& out, const Segment& s, index_t c) const {
+  template <int S, int Stride, int Block>
+  EFFOPS_INLINE void blocks(const Clamp& out, const Segment& s) const {
     const index_t stride = Stride ? Stride : g_.stride_w;
     for (index_t i = 0; i < s.count; i += Block) {
       const index_t at = imin(i, s.count - Block);
       const index_t x = (s.q0 + at) * stride - g_.pad_left;  // the first input pixel of the block
       if (x >= 0 && x + (Block - 1) * stride + S <= g_.W) {
-        block<Full, S, Stride, Block, false>(out, s, c, at, x);
+        for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+          block<decltype(whole)::value, S, Stride, Block, false>(out, s, c, at, x);
+        });
       } else {
-        block<Full, S, Stride, Block, true>(out, s, c, at, x);
+        for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+          block<decltype(whole)::value, S, Stride, Block, true>(out, s, c, at, x);
+        });
       }
     }
   }
@@ -251,6 +257,7 @@ class DepthwiseRow {
         const T* at = x + pixel * s.pixel_stride;
         if (Border) at = static_cast<std::size_t>(x0 + pixel) < static_cast<std::size_t>(width) ? at : zero;
         const vec<C> value = load_lanes<Full>(at, channels_ - c);
+        if (k < Block) __builtin_prefetch(at + s.next_row);
 #pragma GCC unroll 8
         for (int t = 0; t < S; ++t) {
           const int j = Stride ? (k - t) / (Stride ? Stride : 1) : k;
