@@ -8,7 +8,8 @@ SHELL := /bin/bash
 
 PYTHON ?= python3
 # torch goes in first and by version: an unpinned torch, or a package that depends on one, may bring gigabytes of CUDA.
-# A CPU-only build from torch's own index: make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+# A CPU-only build from torch's own index:
+#   make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
 IMAGES ?=
 ARGS ?=
@@ -48,8 +49,9 @@ bench: build ## the benchmarks; they take long: see benchmarks/README.md
 
 build: $(VENV)/.build ## the environment, effops in it (editable) and the kernel library
 
-# The package with a sanitized library and a copy of the tests, in a folder of its own. EFFOPS_REQUIRE_CPP: a library that
-# does not load is a failure here, not a reason to skip. Leaks are not looked for: Python's and torch's own drown the rest.
+# The package with a sanitized library and a copy of the tests, in a folder of its own. EFFOPS_REQUIRE_CPP: a library
+# that does not load is a failure here, not a reason to skip. Leaks are not looked for: Python's and torch's own drown
+# the rest.
 sanitize: build ## the operators' tests on kernels built with AddressSanitizer and UBSan
 	rm -rf $(SANITIZED)
 	EFFOPS_BUILD=cpu EFFOPS_SANITIZE=address,undefined $(PY) setup.py --quiet build --build-lib $(SANITIZED)
