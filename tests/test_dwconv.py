@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import DW_CASES, DwCase, Epi, activation_cases, ids
+from cases import ACTIVATIONS, DW_CASES, DwCase, Epi, activation_cases, ids
 from helpers import (
     KINKS,
     as_leaves,
@@ -184,6 +184,65 @@ def test_ambiguous_strides_follow_conv2d(shape: tuple, memory_format: torch.memo
     out = EF.depthwise_conv2d(x, weight, padding=1, backend=backend)
     assert out.stride() == torch.empty(shape, memory_format=memory_format_of(x)).stride()
     torch.testing.assert_close(out, F.conv2d(x, weight, padding=1, groups=shape[1]))
+
+
+# (No range lies in a tail alone, where torch's own results keep no relative precision.)
+_RANGES = ((-0.01, 0.01), (-0.1, 0.1), (-1, 0), (0, 1), (-3, -1), (1, 3), (-7, -1), (3, 7), (-80, 0), (0, 80))
+
+
+@pytest.mark.parametrize("bounds", _RANGES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activation_over_a_range(activation: str, bounds: tuple[float, float], backend: str) -> None:
+    """The activation alone, value and derivative, range by range: beside values of 6 an error at 0.01 is not seen."""
+    values = torch.linspace(*bounds, 6007, dtype=torch.float64).float()
+    for kink in KINKS.get(activation, ()):
+        values = values[(values - kink).abs() > 1e-6]
+    case = DwCase(id="range", n=1, c=1, h=1, w=len(values), kernel=(1, 1), padding=(0, 0, 0, 0))
+    case = replace(case, epi=Epi(activation=activation, slope=0.1))
+    tensors = {**dict.fromkeys(("bias", "scale", "shift", "residual")), "weight": torch.ones(1, 1, 1, 1)}
+    tensors["input"] = values.reshape(1, 1, 1, -1)
+    results = [
+        gradients(function, given, torch.ones(1, 1, 1, len(values), dtype=torch.float64), ["input"])
+        for function, given in (
+            (lambda t: call(t, case, backend), tensors),
+            (lambda t: oracle(t, case), to_float64(tensors)),
+            (lambda t: oracle(t, case), tensors),
+        )
+    ]
+    assert_within_budget(*(out for out, _ in results), f"{activation} on {bounds}")
+    assert_within_budget(*(grads["input"] for _, grads in results), f"derivative of {activation} on {bounds}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS[1:])
+def test_activation_of_huge_values(activation: str, dtype: torch.dtype, backend: str) -> None:
+    """Saturated sigmoids are 0 or 1, not nearly so: 1e-38 times 3e38 is not nothing."""
+    huge = torch.tensor([1e3, 1e10, 1e30, 3e38], dtype=dtype)
+    for sign in (-1, 1):
+        x = (sign * huge).reshape(1, 1, 1, -1).requires_grad_()
+        out = EF.depthwise_conv2d(
+            x, x.new_ones(1, 1, 1, 1), activation=activation, negative_slope=0.25, backend=backend
+        )
+        (grad,) = torch.autograd.grad(out.sum(), x)
+        bounded = {"relu6": 6.0, "hardsigmoid": 1.0, "sigmoid": 1.0}
+        if sign < 0:
+            value, slope = (0.25 * x, 0.25) if activation == "leaky_relu" else (torch.zeros_like(x), 0.0)
+        else:
+            value = torch.full_like(x, bounded[activation]) if activation in bounded else x
+            slope = float(activation not in bounded)
+        if activation in ("hardswish", "gelu") and sign > 0:  # the product may overflow on its way to x, in torch too
+            out, grad, value = out[..., :3], grad[..., :3], value[..., :3]
+        torch.testing.assert_close(out, value.detach(), rtol=1e-6 if dtype != torch.bfloat16 else 1e-2, atol=1e-30)
+        torch.testing.assert_close(grad, torch.full_like(grad, slope), rtol=0, atol=1e-30)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activation_keeps_nan(activation: str, backend: str) -> None:
+    x = torch.full((1, 3, 2, 9), float("nan"))
+    epi = {"activation": activation, "post_activation": activation}
+    assert EF.depthwise_conv2d(x, torch.ones(3, 1, 1, 1), **epi, backend=backend).isnan().all()
+    ones = torch.ones(5, 3, 1, 1)
+    assert EF.ds_conv2d(x, torch.ones(3, 1, 1, 1), ones, **epi, backend=backend).isnan().all()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocators' junk fill is set up on Linux only")
