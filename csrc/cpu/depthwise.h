@@ -257,7 +257,6 @@ class DepthwiseRow {
         const T* at = x + pixel * s.pixel_stride;
         if (Border) at = static_cast<std::size_t>(x0 + pixel) < static_cast<std::size_t>(width) ? at : zero;
         const vec<C> value = load_lanes<Full>(at, channels_ - c);
-        if (k < Block) __builtin_prefetch(at + s.next_row);
 #pragma GCC unroll 8
         for (int t = 0; t < S; ++t) {
           const int j = Stride ? (k - t) / (Stride ? Stride : 1) : k;
@@ -265,6 +264,12 @@ class DepthwiseRow {
             acc[j] = acc[j] + value * tap[t];
         }
       }
+    }
+    if (s.next_row !=
+        0) {  // of the rows of the next window only the last one is new (at stride 1); to L2, which is what it misses
+      const T* below = s.rows[s.r_end - 1 - s.r_begin] + s.next_row + x0 * s.pixel_stride + c;
+#pragma GCC unroll 8
+      for (int j = 0; j < Block; ++j) __builtin_prefetch(below + j * (Stride ? Stride : 1) * s.pixel_stride, 0, 2);
     }
 #pragma GCC unroll 8
     for (int j = 0; j < Block; ++j) finish<Full>(out, s, c, i + j, acc[j]);
