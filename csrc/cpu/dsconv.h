@@ -124,6 +124,7 @@ struct DsconvForward {
     C *y, *residual, *dw_residual;
     index_t begin = 0, end = 0;
     const Z* in_place = nullptr;
+    mutable Ahead ahead;
 
     Range(const DsconvForward& o, Arena& arena, index_t pixels, index_t first_, index_t last_)
         : op(o),
@@ -147,6 +148,7 @@ struct DsconvForward {
       begin = tile_begin;
       end = tile_end;
       in_place = op.passthrough_in_place(begin);
+      ahead = op.input_after(end);
       op.fill_z(source, begin, end, z, in_place == nullptr, dw_residual);
       if (op.args.keep > 0 && first == 0) {
         scatter_pixels<T>(z + op.Cz - op.args.keep, op.ldz, op.args.output, begin, end, op.g.P, op.g.Q, 0,
@@ -158,7 +160,7 @@ struct DsconvForward {
       const index_t c = op.panels.first_column(panel);
       if (!op.one_pass()) {
         C* to = y + c - column;
-        const RowsOfA<Z> a = op.rows_of_a(z, in_place, 0);
+        const RowsOfA<Z> a = op.rows_of_a(z, in_place, 0, &ahead);
         if (op.simple) {
           op.multiply_clamped(panel, weights, end - begin, a, to, ldy, op.panels.width(panel) * kLanes<C>);
         } else {
@@ -169,7 +171,8 @@ struct DsconvForward {
       const index_t width = imin(op.args.K - c, op.panels.width(panel) * kLanes<C>);
       for_each_run(op.args.output, begin, end, op.g.P, op.g.Q, [&](index_t position, index_t count, index_t offset) {
         T* to = static_cast<T*>(op.args.output.data) + position + op.args.keep + c;
-        op.multiply_clamped(panel, weights, count, op.rows_of_a(z, in_place, offset), to, op.args.output.w, width);
+        op.multiply_clamped(panel, weights, count, op.rows_of_a(z, in_place, offset, &ahead), to, op.args.output.w,
+                            width);
       });
     }
 
@@ -220,17 +223,29 @@ struct DsconvForward {
   }
 
   // The rows of A from pixel `offset` of the tile on.
-  EFFOPS_INLINE RowsOfA<Z> rows_of_a(const Z* z, const Z* in_place, index_t offset) const {
+  EFFOPS_INLINE RowsOfA<Z> rows_of_a(const Z* z, const Z* in_place, index_t offset, Ahead* ahead) const {
     constexpr index_t unit = kDot ? 2 : 1;
     const Z* tile = z + offset * ldz;
-    if (in_place == nullptr) return {tile, ldz, 1, k_steps};
-    const index_t skipped = args.passthrough_channels;
-    return {in_place + offset * args.passthrough.w,
-            args.passthrough.w,
-            skipped / unit,
-            tile + skipped,
-            ldz,
-            k_steps - skipped / unit};
+    const index_t skipped = in_place ? args.passthrough_channels : 0;
+    RowsOfA<Z> a = in_place ? RowsOfA<Z>(in_place + offset * args.passthrough.w, args.passthrough.w, skipped / unit,
+                                         tile + skipped, ldz, k_steps - skipped / unit)
+                            : RowsOfA<Z>(tile, ldz, 1, k_steps);
+    a.ahead = ahead;
+    return a;
+  }
+
+  // The input rows that the tile starting at flat pixel `begin` needs and the one before did not, where they lie in one piece.
+  Ahead input_after(index_t begin) const {
+    const TensorRef& x = args.input;
+    if (begin >= pixels || x.c != 1 || x.h != g.W * x.w) return {};
+    const index_t n = begin / (g.P * g.Q), p = begin / g.Q % g.P;
+    const index_t overlap = p > 0 ? imax(0, (g.R - 1) * g.dilation_h + 1 - g.stride_h) : 0;  // rows the last window had
+    const index_t first = imax(0, imin(g.H, p * g.stride_h - g.pad_top + overlap));
+    const index_t output_rows = imax(1, tile_pixels(ldz * sizeof(Z), g.Q) / g.Q);
+    const index_t rows = imin(g.H - first, output_rows * g.stride_h + g.R - 1 - overlap);
+    if (rows <= 0) return {};
+    const char* at = static_cast<const char*>(x.data) + (n * x.n + first * x.h) * static_cast<index_t>(sizeof(T));
+    return {at, at + rows * x.h * static_cast<index_t>(sizeof(T))};
   }
 
   template <class Out>

@@ -124,6 +124,14 @@ index_t row_distance(index_t elements) {
   return rounded * static_cast<index_t>(sizeof(Z)) % 512 == 0 ? rounded + unit : rounded;
 }
 
+// Memory that will be wanted after this product (the input rows of the next tile): the inner loop, which leaves the memory pipes idle, asks
+// for one cache line of it per step.
+struct Ahead {
+  const char* at = nullptr;
+  const char* end = nullptr;
+  static constexpr index_t kLine = 64;
+};
+
 // A, in up to two pieces along k: what precedes the tile in the concatenation (passthrough channels, read where they lie) and the tile.
 template <class Z>
 struct RowsOfA {
@@ -131,6 +139,7 @@ struct RowsOfA {
   index_t row[2];  // distance of two rows
   index_t k[2];
   index_t step;  // distance of two elements along k
+  Ahead* ahead = nullptr;
   RowsOfA(const Z* a, index_t a_row, index_t a_step, index_t a_k)
       : data{a, nullptr}, row{a_row, 0}, k{a_k, 0}, step(a_step) {}
   RowsOfA(const Z* first, index_t first_row, index_t first_k, const Z* second, index_t second_row, index_t second_k)
@@ -154,15 +163,15 @@ __attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, ind
   for (int r = 0; r < R; ++r) out.template init<V>(acc[r]);
   vec<C> folded[R][V];
   bool any_folded = false;
+  const char* ahead = rows.ahead ? rows.ahead->at : nullptr;
+  index_t lines = rows.ahead ? (rows.ahead->end - ahead) / Ahead::kLine : 0;
   for (int piece = 0; piece < 2; ++piece) {
     // Two row pointers and the offsets of half the rows: one register a row would be more than there are.
     const C* a = rows.data[piece];
     const index_t a_row = rows.row[piece], a_step = rows.step;
     constexpr int kHalf = (R + 1) / 2;
     const C* upper = a + kHalf * a_row;
-    for (index_t left = rows.k[piece]; left > 0;) {
-      const index_t count = imin(left, kChain);
-      left -= count;
+    const auto steps = [&](index_t count, auto with_ahead) __attribute__((always_inline)) {
       for (index_t i = count; i > 0; --i) {
         vec<C> w[V];
 #pragma GCC unroll 4
@@ -173,10 +182,21 @@ __attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, ind
 #pragma GCC unroll 4
           for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + x * w[v];
         }
+        if constexpr (decltype(with_ahead)::value) {
+          __builtin_prefetch(ahead, 0, 2);
+          ahead += Ahead::kLine;
+        }
         a += a_step;
         upper += a_step;
         b += b_ld;
       }
+    };
+    for (index_t left = rows.k[piece]; left > 0;) {
+      const index_t count = imin(left, kChain), asking = imin(count, lines);
+      left -= count;
+      lines -= asking;
+      steps(asking, std::true_type{});
+      steps(count - asking, std::false_type{});
       if (count == kChain && (left > 0 || (piece == 0 && rows.k[1] > 0))) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
@@ -197,6 +217,7 @@ __attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, ind
       for (int v = 0; v < V; ++v) acc[r][v] = acc[r][v] + folded[r][v];
     }
   }
+  if (rows.ahead) rows.ahead->at = ahead;
   out.template finish<R, V>(row, acc);
 }
 
