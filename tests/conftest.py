@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
+from helpers import poison_memory
 from hypothesis import HealthCheck, settings
 
 from effops import _library
@@ -49,7 +47,6 @@ def require_backend(name: str) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu: needs a CUDA GPU; skipped, with the reason, where there is none")
-    poison_memory()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -75,21 +72,6 @@ def cpp() -> str:
     return "cpp"
 
 
-def poison_memory() -> None:
-    """Junk-fills what C++ allocates: deterministic mode's NaN fill reaches torch.empty, but not the stable ABI's shims.
-
-    Tensors: c10's CPU allocator writes 0x7fedbeef, a NaN in float32. Kernel scratch: glibc's malloc writes 0x7e.
-    """
-    if not sys.platform.startswith("linux"):
-        return
-    c10 = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libc10.so"))
-    ctypes.c_bool.in_dll(c10, "FLAGS_caffe2_cpu_allocator_do_junk_fill").value = True
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        m_perturb = -6
-        libc.mallopt(m_perturb, 0x7E ^ 0xFF)
-
-
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
     """Seeds torch, NaN-fills uninitialised memory (an element nobody wrote then fails its test), restores threads."""
@@ -100,6 +82,7 @@ def _clean_state() -> Iterator[None]:
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    poison_memory()
     yield
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill

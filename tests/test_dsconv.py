@@ -82,6 +82,18 @@ def test_some_gradients(wanted: tuple[str, ...], epi: Epi, backend: str) -> None
     check_gradients(case, torch.float32, backend, wanted=wanted)
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("size", (3, 9, 13, 16, 23, 30, 45))
+def test_sums_over_pixels(size: int, layout: str, backend: str) -> None:
+    """Parameters' gradients sum over all pixels: one float32 chain of hundreds of terms loses more than torch does."""
+    for seed in range(6):
+        case = DsCase(
+            id=f"sums-{seed}", n=1, k=9, h=size, w=size, layout=layout, data="positive",
+            dw=Epi(bias=True, scale=True, shift=True), pw=Epi(bias=True, scale=True, shift=True, activation="silu"),
+        )  # fmt: skip
+        check_gradients(case, torch.float32, backend)
+
+
 def test_gradient_only_where_asked(backend: str) -> None:
     tensors = as_leaves(make_tensors(EVERYTHING, torch.float32, kink_free=True), ["dw_weight", "passthrough", "shift"])
     call(tensors, EVERYTHING, backend).sum().backward()

@@ -72,6 +72,18 @@ def test_one_gradient_alone(name: str, layout: str, backend: str) -> None:
     check_gradients(replace(EVERYTHING, layout=layout), torch.float32, backend, wanted=[name])
 
 
+@pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
+@pytest.mark.parametrize("size", (3, 9, 13, 16, 23, 30, 45))
+def test_sums_over_pixels(size: int, layout: str, backend: str) -> None:
+    """Parameters' gradients sum over all pixels: one float32 chain of hundreds of terms loses more than torch does."""
+    for seed in range(6):
+        case = DwCase(
+            id=f"sums-{seed}", n=1, h=size, w=size, layout=layout, data="positive",
+            epi=Epi(bias=True, scale=True, shift=True, activation="silu"),
+        )  # fmt: skip
+        check_gradients(case, torch.float32, backend)
+
+
 def test_gradient_only_where_asked(backend: str) -> None:
     tensors = as_leaves(make_tensors(EVERYTHING, torch.float32, kink_free=True), ["weight", "shift"])
     call(tensors, EVERYTHING, backend).sum().backward()

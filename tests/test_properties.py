@@ -59,6 +59,8 @@ def cases(draw, dtype: torch.dtype) -> DwCase | DsCase:
         "layout": draw(st.sampled_from(LAYOUTS)),
         "residual_layout": draw(st.sampled_from(LAYOUTS)),
         "float_params": draw(st.booleans()),
+        # Shapes go down to results of one element, whose error is not to be judged after all of it has cancelled.
+        "data": "positive",
         "id": f"drawn-{draw(st.integers(0, 10**6))}",
     }
     if draw(st.booleans()):

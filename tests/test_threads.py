@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from cases import DS_CASES, DW_CASES, DsCase, DwCase
-from conftest import poison_memory
 from helpers import (
     assert_within_budget,
     call,
@@ -22,6 +21,7 @@ from helpers import (
     make_grad_output,
     make_tensors,
     oracle,
+    poison_memory,
     to_float64,
 )
 
