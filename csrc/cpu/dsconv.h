@@ -28,6 +28,7 @@ struct DsconvForward {
   const C* dw_weights;
   Epilogue<C> dw_epilogue, pw_epilogue;
   bool direct, simple;
+  bool stream;  // the output goes past the caches
 
   explicit DsconvForward(const DsconvForwardArgs& a)
       : args(a),
@@ -42,7 +43,20 @@ struct DsconvForward {
         dw_epilogue(shared, a.dw_epilogue, dw_channels),
         pw_epilogue(shared, a.pw_epilogue, a.K),
         direct(a.output.c == 1),
-        simple(pw_epilogue.simple()) {}
+        simple(pw_epilogue.simple()),
+        stream(can_stream()) {}
+
+  // An output that no cache will hold until somebody reads it need not be fetched before it is written: a third of its traffic. The size
+  // is that of two thirds of a 32 MB L3. Only whole, aligned lines.
+  bool can_stream() const {
+    constexpr index_t kBytes = index_t{20} << 20;
+    constexpr index_t line = 64 / sizeof(T);
+    const TensorRef& y = args.output;
+    const bool aligned =
+        (y.n | y.h | y.w | args.K | args.keep) % line == 0 && reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
+    return kCanStream<T> && one_pass() && aligned &&
+           pixels * (args.K + args.keep) * static_cast<index_t>(sizeof(T)) >= kBytes;
+  }
 
   // The output's registers go straight to memory; else they pass through a scratch tile.
   bool one_pass() const { return direct && simple; }
@@ -86,6 +100,7 @@ struct DsconvForward {
         }
         range.finish();
       }
+      if (stream) fence_stores();
     });
   }
 
@@ -110,6 +125,7 @@ struct DsconvForward {
         for (index_t i = 0; i < panels.count; ++i) range.multiply(i, panel_weights(i));
         range.finish();
       }
+      if (stream) fence_stores();
     });
   }
 
@@ -268,7 +284,8 @@ struct DsconvForward {
             Affine ? pw_epilogue.scale + c : nullptr,
             Affine ? pw_epilogue.shift + c : nullptr,
             pw_epilogue.low,
-            pw_epilogue.high};
+            pw_epilogue.high,
+            stream};
   }
 
   template <class D>

@@ -83,6 +83,7 @@ struct StoreClamped {
   index_t columns;
   const C *bias, *scale, *shift;  // padded; bias may be null
   C low, high;
+  bool stream;  // past the caches
   template <int V>
   EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
     for (int v = 0; v < V; ++v) acc[v] = bias ? load(bias + v * kLanes<C>) : vec<C>{};
@@ -105,8 +106,16 @@ struct StoreClamped {
     for (int r = 0; r < R; ++r) {
       T* p = y + (row + r) * ld;
 #pragma GCC unroll 4
-      for (int v = 0; v < V - 1; ++v) store(p + v * kLanes<C>, acc[r][v]);
-      if (whole) {
+      for (int v = 0; v < V - 1; ++v) {
+        if (stream) {
+          store_past_caches(p + v * kLanes<C>, acc[r][v]);
+        } else {
+          store(p + v * kLanes<C>, acc[r][v]);
+        }
+      }
+      if (stream) {
+        store_past_caches(p + (V - 1) * kLanes<C>, acc[r][V - 1]);
+      } else if (whole) {
         store(p + (V - 1) * kLanes<C>, acc[r][V - 1]);
       } else {
         store_partial(p + (V - 1) * kLanes<C>, acc[r][V - 1], columns - (V - 1) * kLanes<C>);

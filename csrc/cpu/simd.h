@@ -153,6 +153,22 @@ EFFOPS_INLINE void store(bf16* p, vec<float> v) {
   const u16h half = narrow(v);
   __builtin_memcpy(p, &half, sizeof(half));
 }
+// Whole aligned cache lines that nobody reads soon: not fetched before they are written. Other types and ISAs: an ordinary store.
+// fence_stores() must follow before another thread reads them.
+template <class T>
+constexpr bool kCanStream = EFFOPS_VECTOR_BYTES == 64 && std::is_same_v<T, float>;
+template <class T>
+EFFOPS_INLINE void store_past_caches(T* p, vec<compute<T>> v) {
+#if EFFOPS_VECTOR_BYTES == 64
+  if constexpr (kCanStream<T>) return _mm512_stream_ps(p, (__m512)v);
+#endif
+  store(p, v);
+}
+EFFOPS_INLINE void fence_stores() {
+#if EFFOPS_VECTOR_BYTES == 64
+  _mm_sfence();
+#endif
+}
 EFFOPS_INLINE void store_partial(float* p, vec<float> v, index_t n) {
 #if EFFOPS_VECTOR_BYTES == 64
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), (__m512)v);
