@@ -181,7 +181,7 @@ class GradDepthwiseWeight {
   using C = compute<T>;
 
  public:
-  GradDepthwiseWeight(const DepthwiseGeometry& g, C* sums)
+  GradDepthwiseWeight(const DepthwiseGeometry& g, double* sums)
       : g_(g), sums_(sums), ld_(round_up(g.out_channels(), kLanes<C>)) {}
   bool wanted() const { return sums_ != nullptr; }
 
@@ -190,7 +190,7 @@ class GradDepthwiseWeight {
     const index_t channels = g_.out_channels(), pixel_stride = source.pixel_stride();
     for (index_t r = taps.begin; r < taps.end; ++r) {
       const T* row = source.row(n, p * g_.stride_h - g_.pad_top + r * g_.dilation_h);
-      C* sums = sums_ + r * g_.S * ld_;
+      double* sums = sums_ + r * g_.S * ld_;
       for (index_t c = 0; c < channels; c += kLanes<C>) {
         if (c + kLanes<C> <= channels) {
           one_register<true>(row + c, pixel_stride, grad + c, grad_ld, sums + c, channels - c);
@@ -203,7 +203,7 @@ class GradDepthwiseWeight {
 
  private:
   template <bool Full>
-  EFFOPS_INLINE void one_register(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums,
+  EFFOPS_INLINE void one_register(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, double* sums,
                                   index_t lanes) const {
     if (g_.S == 3 && g_.dilation_w == 1 && g_.stride_w == 1) {
       taps_together<Full, 3, 1>(x, pixel_stride, grad, grad_ld, sums, lanes);
@@ -215,7 +215,7 @@ class GradDepthwiseWeight {
   }
 
   template <bool Full>
-  void one_tap(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, C* sums, index_t lanes, index_t t,
+  void one_tap(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, double* sums, index_t lanes, index_t t,
                index_t begin, index_t end) const {
     const index_t shift = t * g_.dilation_w - g_.pad_left;
     vec<C> acc{};
@@ -224,12 +224,12 @@ class GradDepthwiseWeight {
       if (column >= g_.W) break;
       acc = acc + load_lanes<Full>(x + column * pixel_stride, lanes) * load(grad + q * grad_ld);
     }
-    store(sums + t * ld_, load(sums + t * ld_) + acc);
+    add_to_doubles<C>(sums + t * ld_, acc, kLanes<C>);
   }
 
   template <bool Full, int S, int Stride>
   __attribute__((noinline)) void taps_together(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld,
-                                               C* sums, index_t lanes) const {
+                                               double* sums, index_t lanes) const {
     constexpr int kPixels = 4;
     const index_t first = imin(g_.Q, ceil_div(g_.pad_left, Stride));
     const index_t room = g_.W - S + g_.pad_left;
@@ -256,7 +256,7 @@ class GradDepthwiseWeight {
       }
     }
 #pragma GCC unroll 8
-    for (int t = 0; t < S; ++t) store(sums + t * ld_, load(sums + t * ld_) + acc[0][t] + acc[1][t]);
+    for (int t = 0; t < S; ++t) add_to_doubles<C>(sums + t * ld_, acc[0][t] + acc[1][t], kLanes<C>);
     for (index_t t = 0; t < S; ++t) {
       if (first > 0) one_tap<Full>(x, pixel_stride, grad, grad_ld, sums, lanes, t, 0, first);
       if (q < g_.Q) one_tap<Full>(x, pixel_stride, grad, grad_ld, sums, lanes, t, q, g_.Q);
@@ -264,7 +264,7 @@ class GradDepthwiseWeight {
   }
 
   const DepthwiseGeometry& g_;
-  C* sums_;
+  double* sums_;
   index_t ld_;
 };
 
@@ -286,14 +286,14 @@ void reduce_slots(C* sums, index_t slots, index_t size) {
 
 // [tap][channel] -> weight gradient [bank][R * S]: the uses of a shared kernel are summed.
 template <class T>
-void write_depthwise_weight_grad(const DepthwiseGeometry& g, const compute<T>* sums, void* destination) {
+void write_depthwise_weight_grad(const DepthwiseGeometry& g, const double* sums, void* destination) {
   const index_t channels = g.out_channels(), taps = g.R * g.S, ld = round_up(channels, kLanes<compute<T>>);
   T* out = static_cast<T*>(destination);
   for (index_t b = 0; b < g.bank; ++b) {
     for (index_t t = 0; t < taps; ++t) {
-      compute<T> sum = 0;
+      double sum = 0;
       for (index_t o = b; o < channels; o += g.bank) sum += sums[t * ld + o];
-      out[b * taps + t] = from_compute<T>(sum);
+      out[b * taps + t] = from_compute<T>(static_cast<compute<T>>(sum));
     }
   }
 }

@@ -23,7 +23,8 @@ struct DsconvBackward {
   const BandPlan plan;
   const Panels panels_k, panels_c;
   C *packed_forward = nullptr, *packed_backward = nullptr;  // W^T for v, W for gz
-  C *dw_sums = nullptr, *pw_sums = nullptr;
+  double* dw_sums = nullptr;
+  C* pw_sums = nullptr;
   EpilogueSums dw_epilogue_sums, pw_epilogue_sums;
 
   static bool any(const EpilogueGrads& grads) {
@@ -56,7 +57,7 @@ struct DsconvBackward {
         panels_c(Cz, kLanes<C>) {
     if (raw_v) packed_forward = pack(fwd.pw_stride_c, fwd.pw_stride_k, Cz, K, panels_k);
     if (want_gz) packed_backward = pack(fwd.pw_stride_k, fwd.pw_stride_c, K, Cz, panels_c);
-    if (a.grad_dw_weight) dw_sums = partial_sums<C>(shared, plan.slots, g.R * g.S * ld_dw);
+    if (a.grad_dw_weight) dw_sums = partial_sums<double>(shared, plan.slots, g.R * g.S * ld_dw);
     if (a.grad_pw_weight) pw_sums = partial_sums<C>(shared, plan.slots, K * ldz);
     dw_epilogue_sums = epilogue_sums(shared, a.dw_grads, dw_channels, plan.slots);
     pw_epilogue_sums = epilogue_sums(shared, a.pw_grads, K, plan.slots);

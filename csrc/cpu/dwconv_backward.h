@@ -14,7 +14,7 @@ struct DepthwiseSlot {
   GradDepthwiseWeight<T> grad_weight;
 
   DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const TensorRef& input, const TensorRef& grad_input_,
-                const C* weights, C* weight_sums)
+                const C* weights, double* weight_sums)
       : source(arena, input, g), grad_input(arena, g, grad_input_, weights), grad_weight(g, weight_sums) {}
 
   // grad: [rows * Q][ld] for output rows [p_begin, p_end) of image n
@@ -57,7 +57,7 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
   const bool from_output = args.output.data != nullptr;
   const bool raw = !from_output && needs_raw(epilogue, args.grads);
   const BandPlan plan(g, args.grad_input.data != nullptr, depthwise_cost(g, ld, kLanes<C>));
-  C* weight_sums = args.grad_weight ? partial_sums<C>(shared, plan.slots, taps * ld) : nullptr;
+  double* weight_sums = args.grad_weight ? partial_sums<double>(shared, plan.slots, taps * ld) : nullptr;
   const EpilogueSums sums = epilogue_sums(shared, args.grads, channels, plan.slots);
 
   run_tasks(plan.slots, [&](index_t slot) {
@@ -120,7 +120,7 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
     offset[c] = static_cast<C>((inside ? static_cast<const C*>(args.grad_mean)[c] / count : 0) - twice * mean);
   }
   const BandPlan plan(g, args.grad_input.data != nullptr, depthwise_cost(g, ld, kLanes<C>));
-  C* weight_sums = args.grad_weight ? partial_sums<C>(shared, plan.slots, taps * ld) : nullptr;
+  double* weight_sums = args.grad_weight ? partial_sums<double>(shared, plan.slots, taps * ld) : nullptr;
   EpilogueGrads grads;
   grads.bias = args.grad_bias;
   grads.bias_dtype = args.grad_bias_dtype;
@@ -138,15 +138,16 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
       work.grad_input.begin(band);
       plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
         recompute_depthwise<T>(work.source, g, weights, epilogue, true, band.n, p_begin, p_end, u, ld, nullptr);
+        const index_t tile_pixels = (p_end - p_begin) * g.Q;
         for (index_t c = 0; c < ld; c += kLanes<C>) {
-          vec<C> total{};
-          for (index_t t = 0; t < (p_end - p_begin) * g.Q; ++t) {
-            const vec<C> value = load(u + t * ld + c) * load(slope + c) + load(offset + c);
-            store(u + t * ld + c, value);
-            total = total + value;
-          }
-          if (owned && own_sums.bias) {
-            for (index_t j = 0; j < imin(kLanes<C>, channels - c); ++j) own_sums.bias[c + j] += total[j];
+          for (index_t first = 0; first < tile_pixels; first += kShortChain) {
+            vec<C> total{};
+            for (index_t t = first; t < imin(tile_pixels, first + kShortChain); ++t) {
+              const vec<C> value = load(u + t * ld + c) * load(slope + c) + load(offset + c);
+              store(u + t * ld + c, value);
+              total = total + value;
+            }
+            if (owned && own_sums.bias) add_to_doubles<C>(own_sums.bias + c, total, channels - c);
           }
         }
         work.take(g, band.n, p_begin, p_end, owned, needed, u, ld);

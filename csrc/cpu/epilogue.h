@@ -71,8 +71,22 @@ void apply_epilogue_rows(const Epilogue<C>& epilogue, index_t pixels, index_t ch
   }
 }
 
-// The per-channel sums that the gradient of an epilogue needs, one set per slot of tasks. Doubles: a float running sum over 10^5 pixels
-// would lose what the pairwise sums of torch keep. Null where not asked for.
+// Sums over pixels are kept in double and fed from registers every kShortChain pixels: a float chain of a few hundred terms already loses more
+// than torch's pairwise sums do.
+constexpr index_t kShortChain = 16;
+
+// sums[i] += value[i] for the first `lanes` lanes.
+template <class C>
+EFFOPS_INLINE void add_to_doubles(double* sums, vec<C> value, index_t lanes) {
+  if (lanes >= kLanes<C>) {
+#pragma GCC unroll 16
+    for (index_t i = 0; i < kLanes<C>; ++i) sums[i] += value[i];
+  } else {
+    for (index_t i = 0; i < lanes; ++i) sums[i] += value[i];
+  }
+}
+
+// The per-channel sums that the gradient of an epilogue needs, one set per slot of tasks. Null where not asked for.
 struct EpilogueSums {
   double *bias = nullptr, *scale = nullptr, *shift = nullptr;
 };
@@ -128,11 +142,14 @@ struct EpilogueBackward {
         sums.shift == nullptr)
       return;
     for (index_t c = 0; c < channels; c += L) {
-      vec<C> sum_bias{}, sum_scale{}, sum_shift{};
-      for (index_t i = 0; i < pixels; ++i) one_vector(i * ld + c, c, grad, sum_bias, sum_scale, sum_shift);
-      add(sums.bias, c, channels, sum_bias);
-      add(sums.scale, c, channels, sum_scale);
-      add(sums.shift, c, channels, sum_shift);
+      for (index_t first = 0; first < pixels; first += kShortChain) {
+        vec<C> sum_bias{}, sum_scale{}, sum_shift{};
+        const index_t last = imin(pixels, first + kShortChain);
+        for (index_t i = first; i < last; ++i) one_vector(i * ld + c, c, grad, sum_bias, sum_scale, sum_shift);
+        if (sums.bias) add_to_doubles<C>(sums.bias + c, sum_bias, channels - c);
+        if (sums.scale) add_to_doubles<C>(sums.scale + c, sum_scale, channels - c);
+        if (sums.shift) add_to_doubles<C>(sums.shift + c, sum_shift, channels - c);
+      }
     }
   }
 
@@ -167,10 +184,5 @@ struct EpilogueBackward {
     }
     sum_bias = sum_bias + g;
     store(grad + at, g);
-  }
-
-  static EFFOPS_INLINE void add(double* sums, index_t c, index_t channels, vec<C> value) {
-    if (sums == nullptr) return;
-    for (index_t i = 0; i < imin(kLanes<C>, channels - c); ++i) sums[c + i] += value[i];
   }
 };

@@ -34,8 +34,13 @@ struct Panels {
   index_t first_column(index_t panel) const { return first_vector(panel) * lanes; }
 };
 
+// A sum of 1024 products in one chain of roundings is twice as far from the truth as what torch computes; so a chain is folded into a second
+// accumulator every so often. Costs under 1 %.
+constexpr index_t kLongChain = 256;
+
 template <class C>
 struct StoreRaw {
+  static constexpr index_t kChain = kLongChain;
   C* y;
   index_t ld;
   template <int V>
@@ -56,6 +61,7 @@ struct StoreRaw {
 // to rounding over many tiles than one running sum.
 template <class C>
 struct Accumulate {
+  static constexpr index_t kChain = 64;  // a sum over pixels of values that are mostly of one sign after a relu
   C* y;
   index_t ld;
   template <int V>
@@ -78,6 +84,7 @@ struct Accumulate {
 template <class T, bool Affine>
 struct StoreClamped {
   using C = compute<T>;
+  static constexpr index_t kChain = kLongChain;
   T* y;
   index_t ld;
   index_t columns;
@@ -161,10 +168,6 @@ struct RowsOfA {
   }
 };
 
-// A sum of 1024 products in one chain of roundings is twice as far from the truth as what torch computes; so a chain is folded into a second
-// accumulator every so often. Costs under 1 %.
-constexpr index_t kChain = 256;
-
 template <int R, int V, class C, class Out>
 __attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, index_t b_ld, Out out, index_t row) {
   vec<C> acc[R][V];
@@ -201,12 +204,12 @@ __attribute__((noinline)) void gemm_tile(const RowsOfA<C>& rows, const C* b, ind
       }
     };
     for (index_t left = rows.k[piece]; left > 0;) {
-      const index_t count = imin(left, kChain), asking = imin(count, lines);
+      const index_t count = imin(left, Out::kChain), asking = imin(count, lines);
       left -= count;
       lines -= asking;
       steps(asking, std::true_type{});
       steps(count - asking, std::false_type{});
-      if (count == kChain && (left > 0 || (piece == 0 && rows.k[1] > 0))) {
+      if (count == Out::kChain && (left > 0 || (piece == 0 && rows.k[1] > 0))) {
 #pragma GCC unroll 16
         for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 4
