@@ -8,8 +8,8 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ACTIVATIONS, DsCase, DwCase, Epi
-from helpers import KINKS, check_forward, check_gradients, output_size
-from hypothesis import assume, given, settings
+from helpers import KINKS, IllConditionedError, check_forward, check_gradients, output_size
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 LAYOUTS = (
@@ -89,7 +89,10 @@ def test_drawn_case(dtype: torch.dtype, backend: str) -> None:
     @settings(parent=settings.get_profile("effops"), max_examples=max(examples, 1))
     @given(case=cases(dtype))
     def hold(case: DwCase | DsCase) -> None:
-        check_forward(case, dtype, backend)
-        check_gradients(case, dtype, backend)
+        try:
+            check_forward(case, dtype, backend)
+            check_gradients(case, dtype, backend)
+        except IllConditionedError:  # saturated activations: no implementation has relative precision there
+            reject()
 
     hold()
