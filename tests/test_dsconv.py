@@ -59,6 +59,17 @@ def test_activations(case: DsCase, backend: str) -> None:
     check_gradients(case, torch.float32, backend)
 
 
+@pytest.mark.parametrize("keep", (0, 16))
+@pytest.mark.parametrize("k", (32, 33), ids=("aligned", "not_aligned"))
+def test_output_larger_than_the_caches(k: int, keep: int, backend: str) -> None:
+    """30 MB, which kernels may write past the caches; whole cache lines and not."""
+    case = DsCase(
+        id="large", n=2, c=16, k=k, h=340, w=341, keep=keep, layout="channels_last",
+        pw=Epi(bias=True, scale=True, shift=True, activation="relu6"),
+    )  # fmt: skip
+    check_forward(case, torch.float32, backend)
+
+
 _EPI = Epi(bias=True, scale=True, shift=True, residual=True, activation="gelu", post_activation="leaky_relu", slope=0.1)
 EVERYTHING = DsCase(
     id="everything", n=2, c=10, k=13, h=8, w=7, stride=(2, 1), multiplier=2, bank=5, passthrough=3, keep=6,

@@ -37,12 +37,12 @@ def epilogues(draw, smooth: bool) -> Epi:
 
 
 @st.composite
-def cases(draw, dtype: torch.dtype) -> DwCase | DsCase:
+def cases(draw, dtype: torch.dtype, channel_counts: st.SearchStrategy[int] = CHANNELS) -> DwCase | DsCase:
     smooth = dtype == torch.bfloat16  # elsewhere values can be kept off the kinks
     kernel = draw(st.one_of(st.just((3, 3)), st.tuples(st.integers(1, 5), st.integers(1, 5))))
     dilation = draw(st.one_of(st.just((1, 1)), st.tuples(st.integers(1, 3), st.integers(1, 3))))
     pads = st.integers(0, 4)
-    channels = draw(CHANNELS)
+    channels = draw(channel_counts)
     multiplier = draw(st.sampled_from((1, 1, 1, 2, 3))) if channels <= 16 else 1
     common = {
         "n": draw(st.sampled_from((0, 1, 2, 2, 2, 3))),
@@ -67,7 +67,7 @@ def cases(draw, dtype: torch.dtype) -> DwCase | DsCase:
         case: DwCase | DsCase = DwCase(epi=draw(epilogues(smooth)), **common)
         out_channels = channels * multiplier
     else:
-        out_channels = draw(CHANNELS)
+        out_channels = draw(channel_counts)
         case = DsCase(
             k=out_channels,
             passthrough=draw(st.sampled_from((0, 0, 1, 5, 16))),
@@ -82,12 +82,12 @@ def cases(draw, dtype: torch.dtype) -> DwCase | DsCase:
     return case
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
-def test_drawn_case(dtype: torch.dtype, backend: str) -> None:
-    examples = settings.get_profile("effops").max_examples // 6  # three dtypes, two backends
+def hold_budget(strategy: st.SearchStrategy, dtype: torch.dtype, backend: str, share: int) -> None:
+    """Draws one ``share``-th of the profile's examples and holds values and gradients to the budget."""
+    profile = settings.get_profile("effops")
 
-    @settings(parent=settings.get_profile("effops"), max_examples=max(examples, 1))
-    @given(case=cases(dtype))
+    @settings(parent=profile, max_examples=max(profile.max_examples // share, 1))
+    @given(case=strategy)
     def hold(case: DwCase | DsCase) -> None:
         try:
             check_forward(case, dtype, backend)
@@ -96,3 +96,14 @@ def test_drawn_case(dtype: torch.dtype, backend: str) -> None:
             reject()
 
     hold()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_drawn_case(dtype: torch.dtype, backend: str) -> None:
+    hold_budget(cases(dtype), dtype, backend, share=8)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_drawn_case_of_many_channels(dtype: torch.dtype, backend: str) -> None:
+    """Several register tiles, panels and blocks of channels, and what is left over of each."""
+    hold_budget(cases(dtype, st.integers(41, 300)), dtype, backend, share=16)
