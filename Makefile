@@ -44,8 +44,9 @@ format: $(VENV)/.lint ## mends what lint complains about where a machine can
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC)
 
-bench: build ## the benchmarks; they take long: see benchmarks/README.md
-	$(PY) -m pytest benchmarks $(ARGS)
+bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
+	$(PY) benchmarks/run.py all $(ARGS)
+	$(PY) benchmarks/report.py
 
 build: $(VENV)/.build ## the environment, effops in it (editable) and the kernel library
 
