@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ACTIVATIONS, DW_CASES, DwCase, Epi, activation_cases, ids
+from conftest import BACKENDS
 from helpers import (
     KINKS,
     as_leaves,
@@ -26,6 +27,7 @@ from helpers import (
 )
 
 import effops.functional as EF
+from effops import backends
 
 ACTIVATION_CASES = activation_cases(DwCase)
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -34,6 +36,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 def smooth(case: DwCase) -> bool:
     """In bfloat16 values cannot be kept off a kink: rounding moves them across it, in torch's chain too."""
     return case.epi.activation not in KINKS and case.epi.post_activation not in KINKS
+
+
+def test_every_backend_is_tested() -> None:
+    """A backend added to the package without being added to the tests' fixture fails here."""
+    assert set(BACKENDS) | {"auto"} == set(backends.names())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
