@@ -1,4 +1,5 @@
-// The operators' schemas, defined for every backend. This library has no Python symbols: a C++ process can load it just as well.
+// The operators' schemas, defined for every backend. This library has no Python symbols: a C++ process can load it just
+// as well.
 #include <torch/csrc/stable/library.h>
 
 #define EFFOPS_SCHEMA(schema) library.def(schema);

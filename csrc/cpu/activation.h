@@ -1,10 +1,10 @@
 // Activations and their derivatives on vectors. Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 
-// exp for float by Cody-Waite reduction and a degree-6 polynomial: 2 ulp over the range where the result is normal. Large arguments
-// saturate near the largest float instead of overflowing, which every use here (1 / (1 + exp)) is indifferent to.
+// exp for float by Cody-Waite reduction and a degree-6 polynomial: 2 ulp where the result is normal, 0 and infinity
+// beyond.
 EFFOPS_INLINE vec<float> exp_vec(vec<float> x) {
   typedef vmask<float> ivec;
-  x = at_most<float>(at_least<float>(x, splat(-87.33f)), splat(88.37f));
+  x = at_most<float>(at_least<float>(x, splat(-88.0f)), splat(89.0f));  // n = -127 gives 0, n = 128 infinity
   const vec<float> magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low mantissa bits
   const vec<float> biased = x * 1.44269504088896341f + magic;
   const vec<float> n = biased - magic;
@@ -25,8 +25,19 @@ EFFOPS_INLINE vec<double> exp_vec(vec<double> x) {
   return x;
 }
 
-// erf for float: Abramowitz and Stegun 7.1.26, |error| < 1.5e-7, one float rounding of gelu's largest factor.
-EFFOPS_INLINE vec<float> erf_vec(vec<float> x) {
+// The normal distribution function, gelu's factor. For float: near zero an even polynomial times u (relative error
+// 1e-9); further out Abramowitz and Stegun 7.1.26, from the tail and not from 1 - erf, so that small values far below
+// zero keep their digits.
+EFFOPS_INLINE vec<float> normal_cdf(vec<float> u) {
+  const vec<float> x = u * 0.70710678f, square = x * x;
+  vec<float> q = splat(7.8538505477e-5f);
+  q = q * square - 8.0101902103e-4f;
+  q = q * square + 5.1883272827e-3f;
+  q = q * square - 2.6853810996e-2f;
+  q = q * square + 1.1283585429e-1f;
+  q = q * square - 3.7612625957e-1f;
+  q = q * square + 1.1283791065f;
+  const vec<float> near = 0.5f + 0.5f * x * q;
   const vec<float> a = x < 0.0f ? -x : x;
   const vec<float> t = 1.0f / (1.0f + 0.3275911f * a);
   vec<float> p = splat(1.061405429f);
@@ -34,12 +45,13 @@ EFFOPS_INLINE vec<float> erf_vec(vec<float> x) {
   p = p * t + 1.421413741f;
   p = p * t - 0.284496736f;
   p = p * t + 0.254829592f;
-  const vec<float> y = 1.0f - p * t * exp_vec(-a * a);
-  return x < 0.0f ? -y : y;
+  const vec<float> tail = 0.5f * p * t * exp_vec(-square);
+  const vec<float> far = x < 0.0f ? tail : 1.0f - tail;
+  return a <= 1.0f ? near : far;
 }
-EFFOPS_INLINE vec<double> erf_vec(vec<double> x) {
-  for (index_t i = 0; i < kLanes<double>; ++i) x[i] = __builtin_erf(x[i]);
-  return x;
+EFFOPS_INLINE vec<double> normal_cdf(vec<double> u) {
+  for (index_t i = 0; i < kLanes<double>; ++i) u[i] = 0.5 * __builtin_erfc(u[i] * -0.70710678118654752440);
+  return u;
 }
 
 template <class C>
@@ -76,7 +88,7 @@ __attribute__((noinline)) void activate(Activation activation, C slope, vec<C>& 
       v = sigmoid_vec<C>(v);
       break;
     case Activation::gelu:
-      v = v * C(0.5) * (C(1) + erf_vec(v * C(0.70710678118654752440)));
+      v = v * normal_cdf(v);
       break;
   }
 }
@@ -117,8 +129,7 @@ __attribute__((noinline)) void activate_grad(Activation activation, C slope, vec
       break;
     }
     case Activation::gelu: {
-      const vec<C> cdf = C(0.5) * (C(1) + erf_vec(u * C(0.70710678118654752440)));
-      u = cdf + u * C(0.39894228040143267794) * exp_vec(u * u * C(-0.5));
+      u = normal_cdf(u) + u * C(0.39894228040143267794) * exp_vec(u * u * C(-0.5));
       break;
     }
   }

@@ -1,6 +1,6 @@
-// What crosses from the bindings (compiled once, torch headers allowed) to the kernels (compiled once per ISA, no torch headers).
-// Plain data only: the ISA translation units must not instantiate shared templates, or the linker may hand their vector code to
-// the baseline path.
+// What crosses from the bindings (compiled once, torch headers allowed) to the kernels (compiled once per ISA, no torch
+// headers). Plain data only: the ISA translation units must not instantiate shared templates, or the linker may hand
+// their vector code to the baseline path.
 #pragma once
 
 #include <cstdint>
@@ -53,7 +53,8 @@ struct EpilogueGrads {
   TensorRef residual;
 };
 
-// Sizes of a depthwise convolution (glossary in csrc/README.md). Output channel o reads input channel o / multiplier with the kernel o % bank.
+// Sizes of a depthwise convolution (glossary in csrc/README.md). Output channel o reads input channel o / multiplier
+// with the kernel o % bank.
 struct DepthwiseGeometry {
   index_t N, C, H, W;
   index_t P, Q;

@@ -1,10 +1,11 @@
 // The gradients of a depthwise convolution, by rows, for every room that has one; and how backward work is cut up.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-// A task owns a band of input rows of one image. It walks the output rows that touch the band in order, tile by tile; each tile's gradient
-// at the depthwise sums is scattered into a ring of input-gradient rows, and a row leaves the ring when no later output row can touch it.
-// Output rows at a band's edge are computed by both neighbours; weight gradients count a row only in the band that owns it. No atomics:
-// each slot of tasks has its own partial weight gradients, added in the order of the slots.
+// A task owns a band of input rows of one image. It walks the output rows that touch the band in order, tile by tile;
+// each tile's gradient at the depthwise sums is scattered into a ring of input-gradient rows, and a row leaves the ring
+// when no later output row can touch it. Output rows at a band's edge are computed by both neighbours; weight gradients
+// count a row only in the band that owns it. No atomics: each slot of tasks has its own partial weight gradients, added
+// in the order of the slots.
 
 struct Band {
   index_t n;
@@ -59,7 +60,7 @@ struct BandPlan {
   }
 };
 
-// ---- gradient of the input --------------------------------------------------------------------------------------------------------------
+// ---- gradient of the input ----
 
 template <class T>
 class GradInputRing {
@@ -173,7 +174,7 @@ class GradInputRing {
   index_t flushed_ = 0, opened_ = 0;
 };
 
-// ---- gradient of the kernels --------------------------------------------------------------------------------------------------------------
+// ---- gradient of the kernels ----
 
 // sums[tap][channel] += input * grad over one output row.
 template <class T>

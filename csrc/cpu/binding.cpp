@@ -48,6 +48,8 @@ TensorRef tensor_ref(const Tensor& tensor) {
   return ref;
 }
 
+Tensor dense(const Tensor& tensor) { return tensor.is_contiguous() ? tensor : torch::stable::contiguous(tensor); }
+
 Activation read_activation(std::int64_t code) {
   STD_TORCH_CHECK(code >= 0 && code < kNumActivations, "effops: unknown activation code ", code);
   return static_cast<Activation>(code);
@@ -201,7 +203,7 @@ Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels, co
   const ScalarType type = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == type,
                   "effops: ", name, " must be a CPU vector of ", channels, " statistics");
-  return torch::stable::contiguous(tensor);
+  return dense(tensor);
 }
 
 GradList::GradList(std::int64_t mask, int tensors) : mask_(mask) {

@@ -1,5 +1,6 @@
 // What the two bindings share: checked views of torch's tensors, allocation in the asked-for memory format, geometry.
-// Every check of functional.py that memory safety depends on is repeated here, because torch.ops.effops.* can be called directly.
+// Every check of functional.py that memory safety depends on is repeated here, because torch.ops.effops.* can be called
+// directly.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -30,6 +31,9 @@ void check_same_dtype(const Tensor& tensor, const Tensor& input, const char* nam
 void check_sizes(const Tensor& tensor, index_t n, index_t c, index_t h, index_t w, const char* name);
 
 TensorRef tensor_ref(const Tensor& tensor);
+
+// The tensor, contiguous; without a call of the dispatcher where it is already.
+Tensor dense(const Tensor& tensor);
 
 // `geometry` of the schemas. The first 12 entries are the depthwise convolution's.
 struct StaticArgs {

@@ -1,11 +1,12 @@
-// The depthwise convolution on rows of pixels with contiguous channels, forward and its two gradients: what the rooms dwconv and dsconv share.
-// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+// The depthwise convolution on rows of pixels with contiguous channels, forward and its two gradients: what the rooms
+// dwconv and dsconv share. Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-// A vector register holds kLanes channels of one pixel. For a block of B output pixels of a row and one register of channels, the kernel
-// keeps B accumulators and the S taps of one kernel row in registers and slides over the (B - 1) * stride + S input pixels of each of the
-// R input rows: for 3x3 and B = 7 that is 27 + 9 loads for 63 FMAs. Where a block touches the border, pixels outside are read from a zero.
+// A vector register holds kLanes channels of one pixel. For a block of B output pixels of a row and one register of
+// channels, the kernel keeps B accumulators and the S taps of one kernel row in registers and slides over the (B - 1) *
+// stride + S input pixels of each of the R input rows: for 3x3 and B = 7 that is 27 + 9 loads for 63 FMAs. Where a
+// block touches the border, pixels outside are read from a zero.
 
-// ---- geometry of one row ------------------------------------------------------------------------------------------------------------
+// ---- geometry of one row ----
 
 // The taps t in [begin, end) of an axis for which output * stride - pad + t * dilation lies inside [0, size).
 struct TapRange {
@@ -19,9 +20,10 @@ EFFOPS_INLINE TapRange valid_taps(index_t output, index_t stride, index_t pad, i
   return {imin(begin, taps), imax(imin(begin, taps), end)};
 }
 
-// ---- weights ------------------------------------------------------------------------------------------------------------------------
+// ---- weights ----
 
-// [R * S][padded channels] in the compute type; channel o takes kernel o % bank, so that shared and fixed banks cost nothing later on.
+// [R * S][padded channels] in the compute type; channel o takes kernel o % bank, so that shared and fixed banks cost
+// nothing later on.
 template <class T>
 compute<T>* pack_depthwise_weights(Arena& arena, const DepthwiseGeometry& g, const void* weight) {
   using C = compute<T>;
@@ -41,10 +43,11 @@ compute<T>* pack_depthwise_weights(Arena& arena, const DepthwiseGeometry& g, con
   return packed;
 }
 
-// ---- input rows ---------------------------------------------------------------------------------------------------------------------
+// ---- input rows ----
 
-// Hands out input rows as [W][channels], channels contiguous: straight from the tensor where it lies that way, else through a ring of as
-// many rows as a window spans (each row is rearranged once while the window slides over it; the depth multiplier is applied here).
+// Hands out input rows as [W][channels], channels contiguous: straight from the tensor where it lies that way, else
+// through a ring of as many rows as a window spans (each row is rearranged once while the window slides over it; the
+// depth multiplier is applied here).
 template <class T>
 class RowSource {
  public:
@@ -86,7 +89,7 @@ class RowSource {
   index_t* held_ = nullptr;
 };
 
-// ---- forward ------------------------------------------------------------------------------------------------------------------------
+// ---- forward ----
 
 // 7 divides the maps of ImageNet networks, 4 those of CIFAR's; the wide block needs more than 16 registers.
 constexpr int kSmallBlock = 4;
@@ -111,7 +114,8 @@ class DepthwiseRow {
              with_epilogue && epilogue.clamps() ? epilogue.high : static_cast<C>(__builtin_inff()),
              with_epilogue && !(epilogue.simple() && !epilogue.affine())} {}
 
-  // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or null.
+  // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or
+  // null.
   void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld,
            const C* residual, index_t residual_ld) const {
     const TapRange r = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
@@ -165,7 +169,8 @@ class DepthwiseRow {
     if (c < channels_) f(c, std::false_type{});
   }
 
-  // The epilogue as most layers have it: bias, then a clamp. Copied into locals by the kernels, since every store might alias `this`.
+  // The epilogue as most layers have it: bias, then a clamp. Copied into locals by the kernels, since every store might
+  // alias `this`.
   struct Clamp {
     const C* bias;
     C low, high;
@@ -201,8 +206,8 @@ class DepthwiseRow {
     });
   }
 
-  // S and the stride known at compile time, dilation 1; Stride 0: a 1-tap row at any stride.
-  // Blocks of pixels outside, channels inside: memory is walked in the order it lies, whatever the distance of two pixels.
+  // S and the stride known at compile time, dilation 1; Stride 0: a 1-tap row at any stride. Blocks of pixels outside,
+  // channels inside: memory is walked in the order it lies, whatever the distance of two pixels.
   template <int S, int Stride>
   __attribute__((noinline)) void sliding(const Segment& segment) const {
     const Segment s = segment;
@@ -217,7 +222,8 @@ class DepthwiseRow {
     }
   }
 
-  // The last block is moved back so that it ends with the segment: a few pixels are computed twice instead of one at a time.
+  // The last block is moved back so that it ends with the segment: a few pixels are computed twice instead of one at a
+  // time.
   template <int S, int Stride, int Block>
   EFFOPS_INLINE void blocks(const Clamp& out, const Segment& s) const {
     const index_t stride = Stride ? Stride : g_.stride_w;
@@ -275,7 +281,8 @@ class DepthwiseRow {
     for (int j = 0; j < Block; ++j) finish<Full>(out, s, c, i + j, acc[j]);
   }
 
-  // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before fast; no net uses it.
+  // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before
+  // fast; no net uses it.
   void tall(RowSource<T>& source, index_t n, index_t p, const Segment& s) const {
     for (index_t c = 0; c < channels_; c += kLanes<C>) {
       for (index_t i = 0; i < s.count; ++i) {

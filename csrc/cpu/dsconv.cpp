@@ -57,7 +57,7 @@ Tensor dsconv_fwd(const Tensor& input, const OptionalTensor& passthrough, const 
                   const OptionalTensor& scale, const OptionalTensor& shift, const OptionalTensor& residual,
                   const Ints& geometry, const std::vector<double>& slopes) {
   const StaticArgs statics = read_geometry(input, dw_weight, geometry, kGeometry, "dsconv_fwd");
-  const Tensor kernel = torch::stable::contiguous(dw_weight);
+  const Tensor kernel = dense(dw_weight);
   DsconvForwardArgs args = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual,
                                         pw_weight, bias, scale, shift, residual, geometry, slopes);
   Tensor output = new_map(input, args.g.N, args.keep + args.K, args.g.P, args.g.Q, statics.channels_last);
@@ -74,7 +74,7 @@ std::vector<Tensor> dsconv_bwd(const Tensor& grad_output, const OptionalTensor& 
                                const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry,
                                const std::vector<double>& slopes, std::int64_t mask) {
   const StaticArgs statics = read_geometry(input, dw_weight, geometry, kGeometry, "dsconv_bwd");
-  const Tensor kernel = torch::stable::contiguous(dw_weight);
+  const Tensor kernel = dense(dw_weight);
   DsconvBackwardArgs args;
   args.forward = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual, pw_weight,
                               bias, scale, shift, residual, geometry, slopes);

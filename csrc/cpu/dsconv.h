@@ -1,13 +1,13 @@
-// Room dsconv: depthwise -> epilogue -> pointwise -> epilogue in one pass; with passthrough channels in front of the depthwise ones and
-// the last `keep` depthwise channels copied to the output (VGNet).
-// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+// Room dsconv: depthwise -> epilogue -> pointwise -> epilogue in one pass; with passthrough channels in front of the
+// depthwise ones and the last `keep` depthwise channels copied to the output (VGNet). Included inside namespace
+// effops::<isa>::{anonymous}; see kernels.inl.
 //
-//   input rows --dw--> z tile [pixels][Cz] in L1/L2 --gemm with packed panels of W--> output rows (NHWC: straight from the registers)
-//   passthrough ------^                              `--> scratch tile, second pass of the epilogue, transposed store (everything else)
+//   input rows --dw--> z tile [pixels][Cz] in L1/L2 --gemm with packed W--> output rows (NHWC: straight from registers)
+//   passthrough ------^                                                 `--> scratch, epilogue, transposed store
 //
-// The depthwise result exists only as the tile. Work is cut into ranges of output rows; where the whole map is one tile (7x7 at batch 1),
-// into ranges of output channels, each recomputing the depthwise, which is 9/K of the work.
-// Bytes moved: each input once plus the halo rows of a range, each output once, W once per range and tile (from L2).
+// The depthwise result exists only as the tile. Work is cut into ranges of output rows; where the whole map is one tile
+// (14x14 and 7x7 at batch 1), into ranges of output channels. Bytes moved: each input once plus the halo rows of a
+// range, each output once, W once per range and tile (from L2).
 
 template <class T>
 struct DsconvForward {
@@ -46,8 +46,8 @@ struct DsconvForward {
         simple(pw_epilogue.simple()),
         stream(can_stream()) {}
 
-  // An output that no cache will hold until somebody reads it need not be fetched before it is written: a third of its traffic. The size
-  // is that of two thirds of a 32 MB L3. Only whole, aligned lines.
+  // An output that no cache will hold until somebody reads it need not be fetched before it is written: a third of its
+  // traffic. The size is that of two thirds of a 32 MB L3. Only whole, aligned lines.
   bool can_stream() const {
     constexpr index_t kBytes = index_t{20} << 20;
     constexpr index_t line = 64 / sizeof(T);
@@ -72,145 +72,165 @@ struct DsconvForward {
 
   void run() {
     if (pixels == 0 || args.K + args.keep == 0) return;
-    const double cost =
-        static_cast<double>(pixels) * (k_steps * panels.vectors + ceil_div(dw_channels, kLanes<C>) * g.R * g.S);
-    if (pixels <= tile_pixels(ldz * sizeof(Z), g.Q) || g.N * g.P == 1) {
-      run_by_panels(slots_for(cost, panels.count));
+    constexpr index_t kWholePixels = 256, kWholeBytes = 512 * 1024;
+    const index_t slots = slots_for(depthwise_cost() + product_cost(), pixels);
+    const bool small = pixels <= kWholePixels && pixels * ldz * static_cast<index_t>(sizeof(Z)) <= kWholeBytes;
+    const bool divides = slots == 1 || panels.count >= 3 * slots;  // enough panels for an even share each
+    if (small && divides) {
+      run_by_panels();
     } else {
-      run_by_pixels(shares_for(cost, g.N * g.P));
+      run_by_pixels(slots);
     }
   }
 
-  // Small maps: ranges of output channels, each with the whole (cheap) depthwise; a panel is packed just before its one use, so that it is
-  // read from L2 and never written back.
-  void run_by_panels(index_t slots) {
-    run_tasks(slots, [&](index_t s) {
-      const index_t first = panels.count * s / slots, last = panels.count * (s + 1) / slots;
+  double depthwise_cost() const {
+    return static_cast<double>(pixels) * (ceil_div(dw_channels, kLanes<C>) * (g.R * g.S + 4));
+  }
+  double product_cost() const { return static_cast<double>(pixels) * k_steps * panels.vectors; }
+
+  // Small maps (14x14 and 7x7 at batch 1): first the whole of z, by rows; then the panels, by output channels. A panel
+  // is packed just before its one use, so that it is read from L2 and never written back, and no thread reads more of W
+  // than its own part.
+  void run_by_panels() {
+    const index_t rows = g.N * g.P, loaders = slots_for(depthwise_cost(), rows);
+    Z* z = static_cast<Z*>(shared.allocate(pixels * ldz * sizeof(Z)));
+    run_tasks(loaders, [&](index_t s) {
       Arena arena(Arena::kTask);
-      index_t widest = 0;
-      for (index_t i = first; i < last; ++i) widest = imax(widest, panels.width(i));
-      W* packed = static_cast<W*>(arena.allocate(k_steps * widest * kLanes<C> * sizeof(W)));
-      Range range(*this, arena, pixels, first, last);
-      for (index_t begin = 0; begin < pixels;
-           begin += range.tile) {  // one turn, except for a single row longer than a tile
-        range.load(begin, imin(pixels, begin + range.tile));
-        for (index_t i = first; i < last; ++i) {
-          pack(i, packed);
-          range.multiply(i, packed);
-        }
-        range.finish();
+      const index_t begin = rows * s / loaders * g.Q, end = rows * (s + 1) / loaders * g.Q;
+      Loader(*this, arena, end - begin).load(begin, end, z + begin * ldz);
+    });
+    const Tile tile{0, pixels, z, passthrough_in_place(0), nullptr};
+    const index_t shares = shares_for(product_cost(), panels.count);
+    run_tasks(shares, [&](index_t s) {
+      const index_t first = panels.count * s / shares, last = panels.count * (s + 1) / shares;
+      Arena arena(Arena::kTask);
+      W* packed = static_cast<W*>(arena.allocate(k_steps * kMaxV * kLanes<C> * sizeof(W)));
+      const Writer writer(*this, arena, pixels, first, last);
+      for (index_t i = first; i < last; ++i) {
+        pack(i, packed);
+        writer.multiply(tile, i, packed);
       }
-      if (stream) fence_stores();
+      writer.finish(tile);
     });
   }
 
-  // Everything else: W is packed once by all threads, then ranges of whole output rows.
-  void run_by_pixels(index_t shares) {
-    const index_t rows = g.N * g.P;
+  // Everything else: W is packed once by all threads, then ranges of output pixels, of whole rows where there are
+  // enough.
+  void run_by_pixels(index_t slots) {
     W* packed = static_cast<W*>(shared.allocate(k_steps * panels.vectors * kLanes<C> * sizeof(W)));
     const auto panel_weights = [&](index_t i) { return packed + k_steps * panels.first_column(i); };
-    const auto pack_one = [&](index_t i) { pack(i, panel_weights(i)); };
-    if (slots_for(k_steps * panels.vectors, panels.count) > 1) {
-      run_tasks(panels.count, pack_one);
-    } else {
-      for (index_t i = 0; i < panels.count; ++i) pack_one(i);
-    }
+    constexpr double kPackCost = 6;  // of a register, in FMAs
+    const index_t packers = slots_for(kPackCost * k_steps * panels.vectors, panels.count);
+    run_tasks(packers, [&](index_t s) {
+      for (index_t i = panels.count * s / packers; i < panels.count * (s + 1) / packers; ++i) pack(i, panel_weights(i));
+    });
+    // Each range streams all of W from L2 or L3: not for less than some 200 pixels.
+    constexpr index_t kRangePixels = 196;
+    const index_t rows = g.N * g.P;
+    const index_t shares = slots == 1 ? 1 : slots * imax(1, imin(4, pixels / (slots * kRangePixels)));
+    const auto edge = [&](index_t s) { return rows >= shares ? rows * s / shares * g.Q : pixels * s / shares; };
     run_tasks(shares, [&](index_t s) {
       Arena arena(Arena::kTask);
-      const index_t end = rows * (s + 1) / shares * g.Q;
-      index_t begin = rows * s / shares * g.Q;
-      Range range(*this, arena, end - begin, 0, panels.count);
-      for (; begin < end; begin += range.tile) {
-        range.load(begin, imin(end, begin + range.tile));
-        for (index_t i = 0; i < panels.count; ++i) range.multiply(i, panel_weights(i));
-        range.finish();
+      const index_t end = edge(s + 1), step = imin(tile_pixels(ldz * sizeof(Z), g.Q), end - edge(s));
+      Loader loader(*this, arena, step);
+      const Writer writer(*this, arena, step, 0, panels.count);
+      Z* z = static_cast<Z*>(arena.allocate(step * ldz * sizeof(Z)));
+      for (index_t begin = edge(s); begin < end; begin += step) {
+        Ahead ahead = input_after(begin + step);
+        const Tile tile{begin, imin(end, begin + step), z, passthrough_in_place(begin), &ahead};
+        loader.load(tile.begin, tile.end, z);
+        for (index_t i = 0; i < panels.count; ++i) writer.multiply(tile, i, panel_weights(i));
+        writer.finish(tile);
       }
       if (stream) fence_stores();
     });
   }
 
-  // One task's tiles: its scratch, and the steps on the current tile of flat output pixels [begin, end) for the panels [first, last).
-  struct Range {
-    const DsconvForward& op;
-    const index_t first, last;
-    const index_t column, columns, ldy;
-    const index_t tile;
-    RowSource<T> source;
-    Z* z;
-    C *y, *residual, *dw_residual;
-    index_t begin = 0, end = 0;
-    const Z* in_place = nullptr;
-    mutable Ahead ahead;
+  // Flat output pixels [begin, end) and their z.
+  struct Tile {
+    index_t begin, end;
+    const Z* z;
+    const Z* in_place;  // the passthrough channels, where they are read from their tensor
+    Ahead* ahead;
+  };
 
-    Range(const DsconvForward& o, Arena& arena, index_t pixels, index_t first_, index_t last_)
-        : op(o),
-          first(first_),
-          last(last_),
-          column(op.panels.first_column(first)),
-          columns(imin(op.args.K, op.panels.first_column(last)) - column),
-          ldy(row_distance<C>(op.panels.first_column(last) - column)),
-          tile(imin(tile_pixels(op.ldz * sizeof(Z), op.g.Q), pixels)),
-          source(arena, op.args.input, op.g),
-          z(static_cast<Z*>(arena.allocate(tile * op.ldz * sizeof(Z)))) {
-      const auto scratch = [&](bool want, index_t ld) {
-        return want ? static_cast<C*>(arena.allocate(tile * ld * sizeof(C))) : nullptr;
-      };
-      y = scratch(!op.one_pass(), ldy);
-      residual = scratch(op.pw_epilogue.residual.data, ldy);
-      dw_residual = scratch(op.dw_epilogue.residual.data, op.ldz);
+  // Computes z.
+  struct Loader {
+    const DsconvForward& op;
+    RowSource<T> source;
+    C* dw_residual = nullptr;
+
+    Loader(const DsconvForward& o, Arena& arena, index_t tile_pixels) : op(o), source(arena, op.args.input, op.g) {
+      if (op.dw_epilogue.residual.data) {
+        dw_residual = static_cast<C*>(arena.allocate(tile_pixels * op.ldz * sizeof(C)));
+      }
     }
 
-    void load(index_t tile_begin, index_t tile_end) {
-      begin = tile_begin;
-      end = tile_end;
-      in_place = op.passthrough_in_place(begin);
-      ahead = op.input_after(end);
-      op.fill_z(source, begin, end, z, in_place == nullptr, dw_residual);
-      if (op.args.keep > 0 && first == 0) {
+    void load(index_t begin, index_t end, Z* z) {
+      op.fill_z(source, begin, end, z, op.passthrough_in_place(begin) == nullptr, dw_residual);
+      if (op.args.keep > 0) {
         scatter_pixels<T>(z + op.Cz - op.args.keep, op.ldz, op.args.output, begin, end, op.g.P, op.g.Q, 0,
                           op.args.keep);
       }
     }
+  };
 
-    void multiply(index_t panel, const W* weights) const {
+  // Turns z into output channels: those of the panels [first, last).
+  struct Writer {
+    const DsconvForward& op;
+    const index_t column, columns, ldy;
+    C *y = nullptr, *residual = nullptr;
+
+    Writer(const DsconvForward& o, Arena& arena, index_t tile_pixels, index_t first, index_t last)
+        : op(o),
+          column(op.panels.first_column(first)),
+          columns(imin(op.args.K, op.panels.first_column(last)) - column),
+          ldy(row_distance<C>(op.panels.first_column(last) - column)) {
+      if (!op.one_pass()) y = static_cast<C*>(arena.allocate(tile_pixels * ldy * sizeof(C)));
+      if (op.pw_epilogue.residual.data) residual = static_cast<C*>(arena.allocate(tile_pixels * ldy * sizeof(C)));
+    }
+
+    void multiply(const Tile& t, index_t panel, const W* weights) const {
       const index_t c = op.panels.first_column(panel);
       if (!op.one_pass()) {
         C* to = y + c - column;
-        const RowsOfA<Z> a = op.rows_of_a(z, in_place, 0, &ahead);
+        const RowsOfA<Z> a = op.rows_of_a(t, 0);
         if (op.simple) {
-          op.multiply_clamped(panel, weights, end - begin, a, to, ldy, op.panels.width(panel) * kLanes<C>);
+          op.multiply_clamped(panel, weights, t.end - t.begin, a, to, ldy, op.panels.width(panel) * kLanes<C>);
         } else {
-          op.multiply(panel, weights, end - begin, a, StoreRaw<C>{to, ldy});
+          op.multiply(panel, weights, t.end - t.begin, a, StoreRaw<C>{to, ldy});
         }
         return;
       }
       const index_t width = imin(op.args.K - c, op.panels.width(panel) * kLanes<C>);
-      for_each_run(op.args.output, begin, end, op.g.P, op.g.Q, [&](index_t position, index_t count, index_t offset) {
-        T* to = static_cast<T*>(op.args.output.data) + position + op.args.keep + c;
-        op.multiply_clamped(panel, weights, count, op.rows_of_a(z, in_place, offset, &ahead), to, op.args.output.w,
-                            width);
+      const TensorRef& output = op.args.output;
+      for_each_run(output, t.begin, t.end, op.g.P, op.g.Q, [&](index_t position, index_t count, index_t offset) {
+        T* to = static_cast<T*>(output.data) + position + op.args.keep + c;
+        op.multiply_clamped(panel, weights, count, op.rows_of_a(t, offset), to, output.w, width);
       });
     }
 
-    void finish() const {
+    void finish(const Tile& t) const {
       if (op.one_pass()) return;
       if (!op.simple) {
-        if (residual)
-          gather_pixels<T>(op.pw_epilogue.residual, begin, end, op.g.P, op.g.Q, column, columns, residual, ldy);
+        if (residual) {
+          gather_pixels<T>(op.pw_epilogue.residual, t.begin, t.end, op.g.P, op.g.Q, column, columns, residual, ldy);
+        }
         Epilogue<C> part = op.pw_epilogue;  // the same epilogue, seen from `column` on
         if (part.bias) part.bias += column;
         if (part.affine()) {
           part.scale += column;
           part.shift += column;
         }
-        apply_epilogue_rows(part, end - begin, columns, y, ldy, residual, ldy);
+        apply_epilogue_rows(part, t.end - t.begin, columns, y, ldy, residual, ldy);
       }
-      scatter_pixels<T>(y, ldy, op.args.output, begin, end, op.g.P, op.g.Q, op.args.keep + column, columns);
+      scatter_pixels<T>(y, ldy, op.args.output, t.begin, t.end, op.g.P, op.g.Q, op.args.keep + column, columns);
     }
   };
 
-  // Where the product can read the passthrough channels of the tile that starts at flat pixel `begin`, or null: then they are copied. They
-  // must lie pixel after pixel at one distance over all images, and in whole pairs for the bf16 product.
+  // Where the product can read the passthrough channels of the tile that starts at flat pixel `begin`, or null: then
+  // they are copied. They must lie pixel after pixel at one distance over all images, and in whole pairs for the bf16
+  // product.
   const Z* passthrough_in_place(index_t begin) const {
     if constexpr (std::is_same_v<T, Z>) {
       const TensorRef& p = args.passthrough;
@@ -239,18 +259,19 @@ struct DsconvForward {
   }
 
   // The rows of A from pixel `offset` of the tile on.
-  EFFOPS_INLINE RowsOfA<Z> rows_of_a(const Z* z, const Z* in_place, index_t offset, Ahead* ahead) const {
+  EFFOPS_INLINE RowsOfA<Z> rows_of_a(const Tile& t, index_t offset) const {
     constexpr index_t unit = kDot ? 2 : 1;
-    const Z* tile = z + offset * ldz;
-    const index_t skipped = in_place ? args.passthrough_channels : 0;
-    RowsOfA<Z> a = in_place ? RowsOfA<Z>(in_place + offset * args.passthrough.w, args.passthrough.w, skipped / unit,
-                                         tile + skipped, ldz, k_steps - skipped / unit)
-                            : RowsOfA<Z>(tile, ldz, 1, k_steps);
-    a.ahead = ahead;
+    const Z* tile = t.z + offset * ldz;
+    const index_t skipped = t.in_place ? args.passthrough_channels : 0;
+    RowsOfA<Z> a = t.in_place ? RowsOfA<Z>(t.in_place + offset * args.passthrough.w, args.passthrough.w, skipped / unit,
+                                           tile + skipped, ldz, k_steps - skipped / unit)
+                              : RowsOfA<Z>(tile, ldz, 1, k_steps);
+    a.ahead = t.ahead;
     return a;
   }
 
-  // The input rows that the tile starting at flat pixel `begin` needs and the one before did not, where they lie in one piece.
+  // The input rows that the tile starting at flat pixel `begin` needs and the one before did not, where they lie in one
+  // piece.
   Ahead input_after(index_t begin) const {
     const TensorRef& x = args.input;
     if (begin >= pixels || x.c != 1 || x.h != g.W * x.w) return {};

@@ -1,6 +1,5 @@
-// Room dsconv, backward, in one pass over tiles of output rows; the depthwise tile and, where the derivative needs it, the pointwise sums
-// are recomputed.
-// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+// Room dsconv, backward, in one pass over tiles of output rows; the depthwise tile and, where the derivative needs it,
+// the pointwise sums are recomputed. Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
 //   x rows -> u (dw sums) -> z = [passthrough | epilogue(u)] -> v = z W^T -> epilogue backward(v, grad_output) = gv
 //   grad W += gv^T z      gz = gv W (+ grad_output of the kept channels)      -> grad passthrough

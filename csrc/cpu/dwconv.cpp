@@ -10,7 +10,7 @@ constexpr std::size_t kGeometry = 12;
 Tensor dwconv_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
                   const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry, double slope) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_fwd");
-  const Tensor kernel = torch::stable::contiguous(weight);
+  const Tensor kernel = dense(weight);
   DwconvForwardArgs args;
   args.g = statics.g;
   args.input = tensor_ref(input);
@@ -30,7 +30,7 @@ std::vector<Tensor> dwconv_bwd(const Tensor& grad_output, const OptionalTensor& 
                                const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry,
                                double slope, std::int64_t mask) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_bwd");
-  const Tensor kernel = torch::stable::contiguous(weight);
+  const Tensor kernel = dense(weight);
   DwconvBackwardArgs args;
   args.g = statics.g;
   const index_t channels = args.g.out_channels();
@@ -60,7 +60,7 @@ std::tuple<Tensor, Tensor> dwconv_stats(const Tensor& input, const Tensor& weigh
                                         const Ints& geometry) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_stats");
   STD_TORCH_CHECK(statics.g.N > 0, "effops::dwconv_stats: an empty batch has no mean");
-  const Tensor kernel = torch::stable::contiguous(weight);
+  const Tensor kernel = dense(weight);
   DwconvStatsArgs args;
   args.g = statics.g;
   args.input = tensor_ref(input);
@@ -77,7 +77,7 @@ std::vector<Tensor> dwconv_stats_bwd(const Tensor& grad_mean, const Tensor& grad
                                      const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
                                      const Ints& geometry, std::int64_t mask) {
   const StaticArgs statics = read_geometry(input, weight, geometry, kGeometry, "dwconv_stats_bwd");
-  const Tensor kernel = torch::stable::contiguous(weight);
+  const Tensor kernel = dense(weight);
   DwconvStatsBackwardArgs args;
   args.g = statics.g;
   args.input = tensor_ref(input);

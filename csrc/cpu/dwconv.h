@@ -41,8 +41,8 @@ void dwconv_fwd(const DwconvForwardArgs& args) {
   });
 }
 
-// Mean and population variance of conv + bias over N, P, Q, never storing it: tiles by two passes in scratch, tiles and slots combined by
-// Chan's formula in double.
+// Mean and population variance of conv + bias over N, P, Q, never storing it: tiles by two passes in scratch, tiles and
+// slots combined by Chan's formula in double.
 struct Moments {
   double count = 0;
   double *mean, *m2;  // [channels]

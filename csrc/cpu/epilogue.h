@@ -71,8 +71,8 @@ void apply_epilogue_rows(const Epilogue<C>& epilogue, index_t pixels, index_t ch
   }
 }
 
-// Sums over pixels are kept in double and fed from registers every kShortChain pixels: a float chain of a few hundred terms already loses more
-// than torch's pairwise sums do.
+// Sums over pixels are kept in double and fed from registers every kShortChain pixels: a float chain of a few hundred
+// terms already loses more than torch's pairwise sums do.
 constexpr index_t kShortChain = 16;
 
 // sums[i] += value[i] for the first `lanes` lanes.

@@ -3,7 +3,7 @@
 //
 //            B panel: k rows of V registers, packed, streamed once per R rows (64 / R bytes of it per FMA)
 //            +---------+
-//   A: R     | acc     |   R x V accumulators stay in registers for the whole k loop; A is broadcast element by element from L1.
+//   A: R     | acc     |   R x V accumulators stay in registers for the whole k loop; A is broadcast from L1.
 //   rows     | R x V   |   Loads per k: R + V for R * V FMAs, so that the FMA port and not the load port is the limit.
 //            +---------+
 //
@@ -11,8 +11,8 @@
 // What happens to the accumulators is a policy: StoreRaw, Accumulate, StoreClamped.
 
 #if EFFOPS_VECTOR_BYTES == 64
-// 32 registers: 14 x 2 accumulators. Two registers wide rather than four: a row of B (128 bytes) then feeds 28 FMAs, so that streaming B
-// from L2 takes 5 bytes a cycle instead of 11. And 14 divides the maps of ImageNet networks.
+// 32 registers: 14 x 2 accumulators. Two registers wide rather than four: a row of B (128 bytes) then feeds 28 FMAs, so
+// that streaming B from L2 takes 5 bytes a cycle instead of 11. And 14 divides the maps of ImageNet networks.
 constexpr int kMaxV = 3;
 constexpr int rows_for(int v) { return v == 3 ? 9 : 14; }
 #else
@@ -34,9 +34,9 @@ struct Panels {
   index_t first_column(index_t panel) const { return first_vector(panel) * lanes; }
 };
 
-// A sum of 1024 products in one chain of roundings is twice as far from the truth as what torch computes; so a chain is folded into a second
-// accumulator every so often. Costs under 1 %.
-constexpr index_t kLongChain = 256;
+// A sum of 1024 products in one chain of roundings is twice as far from the truth as what torch computes; so a chain is
+// folded into a second accumulator every so often. Costs under 1 %.
+constexpr index_t kLongChain = 128;
 
 template <class C>
 struct StoreRaw {
@@ -57,8 +57,8 @@ struct StoreRaw {
   }
 };
 
-// y += A B, with whole registers (y is padded). The sum starts at zero and is added at the end: two levels of summation lose less
-// to rounding over many tiles than one running sum.
+// y += A B, with whole registers (y is padded). The sum starts at zero and is added at the end: two levels of summation
+// lose less to rounding over many tiles than one running sum.
 template <class C>
 struct Accumulate {
   static constexpr index_t kChain = 64;  // a sum over pixels of values that are mostly of one sign after a relu
@@ -79,8 +79,8 @@ struct Accumulate {
   }
 };
 
-// clamp(A B + bias, low, high) * scale + shift straight from the registers; covers none, relu and relu6 with or without an affine
-// after them. Writes the first `columns` columns only.
+// clamp(A B + bias, low, high) * scale + shift straight from the registers; covers none, relu and relu6 with or without
+// an affine after them. Writes the first `columns` columns only.
 template <class T, bool Affine>
 struct StoreClamped {
   using C = compute<T>;
@@ -131,8 +131,8 @@ struct StoreClamped {
   }
 };
 
-// The distance of two rows of a tile of A, at least `elements`. Rows a multiple of 512 bytes apart share so few sets of an 8-way L1 that 14
-// of them and a stream of B do not fit: one register more spreads them.
+// The distance of two rows of a tile of A, at least `elements`. Rows a multiple of 512 bytes apart share so few sets of
+// an 8-way L1 that 14 of them and a stream of B do not fit: one register more spreads them.
 template <class Z>
 index_t row_distance(index_t elements) {
   constexpr index_t unit = kLanes<compute<Z>>;
@@ -140,15 +140,16 @@ index_t row_distance(index_t elements) {
   return rounded * static_cast<index_t>(sizeof(Z)) % 512 == 0 ? rounded + unit : rounded;
 }
 
-// Memory that will be wanted after this product (the input rows of the next tile): the inner loop, which leaves the memory pipes idle, asks
-// for one cache line of it per step.
+// Memory that will be wanted after this product (the input rows of the next tile): the inner loop, which leaves the
+// memory pipes idle, asks for one cache line of it per step.
 struct Ahead {
   const char* at = nullptr;
   const char* end = nullptr;
   static constexpr index_t kLine = 64;
 };
 
-// A, in up to two pieces along k: what precedes the tile in the concatenation (passthrough channels, read where they lie) and the tile.
+// A, in up to two pieces along k: what precedes the tile in the concatenation (passthrough channels, read where they
+// lie) and the tile.
 template <class Z>
 struct RowsOfA {
   const Z* data[2];
@@ -269,7 +270,8 @@ EFFOPS_INLINE void gemm_panel(index_t width, index_t M, const RowsOfA<C>& rows, 
   }
 }
 
-// Packs panel `panel` of B[k, columns], B[i][j] = matrix[i * row_stride + j * column_stride], zero-padded to whole registers.
+// Packs panel `panel` of B[k, columns], B[i][j] = matrix[i * row_stride + j * column_stride], zero-padded to whole
+// registers.
 template <class C, class T>
 void pack_panel(const T* matrix, index_t row_stride, index_t column_stride, index_t k, index_t columns,
                 const Panels& panels, index_t panel, C* dst) {
@@ -285,7 +287,7 @@ void pack_panel(const T* matrix, index_t row_stride, index_t column_stride, inde
 }
 
 #if EFFOPS_BF16_DOT
-// ---- bf16 pairs: acc += a[2i] * b[2i] + a[2i + 1] * b[2i + 1], twice the FMA rate ------------------------------------------------
+// ---- bf16 pairs: acc += a[2i] * b[2i] + a[2i + 1] * b[2i + 1], twice the FMA rate ----
 
 // B as pairs of rows: element [i][j] holds B[2i][j] in its low half and B[2i + 1][j] in its high half.
 inline void pack_panel_pairs(const bf16* matrix, index_t row_stride, index_t column_stride, index_t k, index_t columns,

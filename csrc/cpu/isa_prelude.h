@@ -1,5 +1,5 @@
-// Everything an ISA translation unit includes from outside, compiled for the baseline target: this must come before the target pragma,
-// so that no inline function of a shared header is emitted with instructions the CPU may not have.
+// Everything an ISA translation unit includes from outside, compiled for the baseline target: this must come before the
+// target pragma, so that no inline function of a shared header is emitted with instructions the CPU may not have.
 #pragma once
 
 #include <cstddef>

@@ -1,6 +1,6 @@
-// The body of an ISA translation unit. Everything sits in an anonymous namespace inside a namespace named after the ISA: no symbol is
-// shared between the units (a linker would keep one copy and might keep the one the CPU can't run), and a disassembly shows by the
-// name of a function which ISA it belongs to.
+// The body of an ISA translation unit. Everything sits in an anonymous namespace inside a namespace named after the
+// ISA: no symbol is shared between the units (a linker would keep one copy and might keep the one the CPU can't run),
+// and a disassembly shows by the name of a function which ISA it belongs to.
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // vector arguments of always-inline functions never cross an ABI boundary
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12's own _mm512_max_ps (GCC bug 105593)

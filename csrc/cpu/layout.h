@@ -14,8 +14,8 @@ EFFOPS_INLINE V zip_high(V a, V b, std::index_sequence<I...>) {
 }
 
 #if EFFOPS_VECTOR_BYTES == 64
-// 16x16 floats: two steps inside the 128-bit lanes, two of whole lanes. Unlike the general form below none needs an index register, which
-// halves the time; packing a weight for a 7x7 map was 20 % of the layer.
+// 16x16 floats: two steps inside the 128-bit lanes, two of whole lanes. Unlike the general form below none needs an
+// index register, which halves the time; packing a weight for a 7x7 map was 20 % of the layer.
 EFFOPS_INLINE void transpose_floats(vec<float> (&rows)[16]) {
   __m512 pairs[16], quads[16];
 #pragma GCC unroll 8
@@ -106,7 +106,8 @@ EFFOPS_INLINE void copy_rows(const S* src, index_t src_ld, index_t rows, index_t
   }
 }
 
-// One segment of pixels at a constant distance -> dst[pixel * ld + channel]. Each channel is written `repeat` times in a row (depth multiplier).
+// One segment of pixels at a constant distance -> dst[pixel * ld + channel]. Each channel is written `repeat` times in
+// a row (depth multiplier).
 template <class D, class T>
 void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, index_t pixels, index_t channels,
                     index_t repeat, D* dst, index_t ld) {
@@ -124,7 +125,8 @@ void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, 
   }
 }
 
-// The inverse: src[pixel * ld + channel] -> a tensor. With repeat > 1 the copies of a channel are summed (the gradient of the above).
+// The inverse: src[pixel * ld + channel] -> a tensor. With repeat > 1 the copies of a channel are summed (the gradient
+// of the above).
 template <class T, class C>
 void scatter_segment(const C* src, index_t ld, index_t pixels, index_t channels, index_t repeat, T* dst,
                      index_t pixel_stride, index_t channel_stride) {
@@ -143,7 +145,8 @@ void scatter_segment(const C* src, index_t ld, index_t pixels, index_t channels,
   }
 }
 
-// Walks the flat output pixels [begin, end) of N images of P x Q in row segments and hands each to f(n, p, q, count, offset).
+// Walks the flat output pixels [begin, end) of N images of P x Q in row segments and hands each to f(n, p, q, count,
+// offset).
 template <class F>
 EFFOPS_INLINE void for_each_row_segment(index_t begin, index_t end, index_t P, index_t Q, const F& f) {
   index_t q = begin % Q, p = begin / Q % P, n = begin / Q / P;
@@ -159,7 +162,8 @@ EFFOPS_INLINE void for_each_row_segment(index_t begin, index_t end, index_t P, i
   }
 }
 
-// The same in the longest runs of pixels at a constant distance: whole images where rows follow each other without a gap.
+// The same in the longest runs of pixels at a constant distance: whole images where rows follow each other without a
+// gap.
 template <class F>
 EFFOPS_INLINE void for_each_run(const TensorRef& tensor, index_t begin, index_t end, index_t P, index_t Q, const F& f) {
   const bool plane = tensor.h == Q * tensor.w;

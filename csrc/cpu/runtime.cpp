@@ -27,7 +27,7 @@ void parallel_tasks(index_t count, void (*body)(void*, index_t), void* context) 
 
 int thread_count() { return static_cast<int>(torch::stable::get_num_threads()); }
 
-// ---- Arena ---------------------------------------------------------------------------------------------------------------------
+// ---- Arena ----
 
 namespace {
 constexpr std::size_t kAlignment = 64;
@@ -89,7 +89,7 @@ void* Arena::allocate(std::size_t bytes) {
   return result;
 }
 
-// ---- ISA -----------------------------------------------------------------------------------------------------------------------
+// ---- ISA ----
 
 namespace baseline {
 const KernelTable& table();

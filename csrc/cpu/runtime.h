@@ -11,11 +11,13 @@ namespace effops {
 void parallel_tasks(index_t count, void (*body)(void* context, index_t i), void* context);
 int thread_count();
 
-// Scratch memory of a thread: a bump allocator whose block survives between calls, so that a steady state allocates nothing.
-// Contents never survive a call (no cache of packed weights: an in-place edit of a parameter must take effect at once).
+// Scratch memory of a thread: a bump allocator whose block survives between calls, so that a steady state allocates
+// nothing. Contents never survive a call (no cache of packed weights: an in-place edit of a parameter must take effect
+// at once).
 class Arena {
  public:
-  // Two levels: kCall holds what one call shares between its tasks, kTask what one task uses; the calling thread uses both at once.
+  // Two levels: kCall holds what one call shares between its tasks, kTask what one task uses; the calling thread uses
+  // both at once.
   enum Level { kCall, kTask };
   explicit Arena(Level level);
   ~Arena();
@@ -28,7 +30,8 @@ class Arena {
   Store* store_;
 };
 
-// The table of the best ISA that this CPU has, that was compiled in and that EFFOPS_CPU_ISA (baseline, avx2, avx512, avx512bf16) allows.
+// The table of the best ISA that this CPU has, that was compiled in and that EFFOPS_CPU_ISA (baseline, avx2, avx512,
+// avx512bf16) allows.
 const KernelTable& kernels();
 
 }  // namespace effops

@@ -1,6 +1,6 @@
-// One vector register of the ISA this file is included for, as a GCC vector type: arithmetic is written with operators, and what the
-// operators can't say (partial loads, conversions, min/max that keep NaN) stands here once.
-// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+// One vector register of the ISA this file is included for, as a GCC vector type: arithmetic is written with operators,
+// and what the operators can't say (partial loads, conversions, min/max that keep NaN) stands here once. Included
+// inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 
 template <class T>
 struct VecOf;
@@ -53,7 +53,7 @@ EFFOPS_INLINE vec<C> splat(C value) {
   return value - vec<C>{};  // value - 0, not 0 + value: keeps the sign of a zero
 }
 
-// ---- scalar conversions ----------------------------------------------------------------------------------------------------------
+// ---- scalar conversions ----
 
 EFFOPS_INLINE float to_compute(bf16 value) {
   const std::uint32_t bits = static_cast<std::uint32_t>(value.bits) << 16;
@@ -76,7 +76,7 @@ EFFOPS_INLINE bf16 from_compute<bf16>(float value) {
   return bf16{static_cast<std::uint16_t>((bits + 0x7fff + ((bits >> 16) & 1)) >> 16)};
 }
 
-// ---- loads -----------------------------------------------------------------------------------------------------------------------
+// ---- loads ----
 
 EFFOPS_INLINE vec<float> load(const float* p) {
   vec<float> v;
@@ -134,7 +134,7 @@ EFFOPS_INLINE vec<compute<T>> load_lanes(const T* p, index_t n) {
   }
 }
 
-// ---- stores ----------------------------------------------------------------------------------------------------------------------
+// ---- stores ----
 
 EFFOPS_INLINE u16h narrow(vec<float> v) {
 #if EFFOPS_BF16_DOT
@@ -153,8 +153,8 @@ EFFOPS_INLINE void store(bf16* p, vec<float> v) {
   const u16h half = narrow(v);
   __builtin_memcpy(p, &half, sizeof(half));
 }
-// Whole aligned cache lines that nobody reads soon: not fetched before they are written. Other types and ISAs: an ordinary store.
-// fence_stores() must follow before another thread reads them.
+// Whole aligned cache lines that nobody reads soon: not fetched before they are written. Other types and ISAs: an
+// ordinary store. fence_stores() must follow before another thread reads them.
 template <class T>
 constexpr bool kCanStream = EFFOPS_VECTOR_BYTES == 64 && std::is_same_v<T, float>;
 template <class T>
@@ -200,7 +200,7 @@ EFFOPS_INLINE void store_lanes(T* p, vec<compute<T>> v, index_t n) {
   }
 }
 
-// ---- min and max -----------------------------------------------------------------------------------------------------------------
+// ---- min and max ----
 // Both return v where v is NaN (x86 min/max return the second operand then), as torch's relu and clamp do.
 
 template <class C>
