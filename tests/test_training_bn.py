@@ -91,7 +91,7 @@ def _batches(truth: nn.Module, memory_format: torch.memory_format) -> list[Tenso
     for step in range(STEPS):
         for attempt in range(100):
             gen = generator(f"batch-{step}-{attempt}")
-            batch = torch.randn(3, CHANNELS, 7, 6, generator=gen).contiguous(memory_format=memory_format)
+            batch = torch.randn(4, CHANNELS, 9, 8, generator=gen).contiguous(memory_format=memory_format)
             probe = copy.deepcopy(truth)
             distance = _KinkDistance(probe)
             probe(batch.double())
