@@ -271,8 +271,9 @@ class DepthwiseRow {
         }
       }
     }
-    if (s.next_row !=
-        0) {  // of the rows of the next window only the last one is new (at stride 1); to L2, which is what it misses
+    // Of the rows of the next window only the last one is new (at stride 1); into L2, which is what it misses. A window
+    // wholly in the padding has no row to go on from.
+    if (s.next_row != 0 && s.r_end > s.r_begin) {
       const T* below = s.rows[s.r_end - 1 - s.r_begin] + s.next_row + x0 * s.pixel_stride + c;
 #pragma GCC unroll 8
       for (int j = 0; j < Block; ++j) __builtin_prefetch(below + j * (Stride ? Stride : 1) * s.pixel_stride, 0, 2);
