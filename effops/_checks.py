@@ -130,15 +130,17 @@ def _described(value: object) -> str:
     return f"{value!r} ({type(value).__name__})" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
-def as_weight(op: str, name: str, weight: Tensor | str, input: Tensor, share: int) -> tuple[Tensor, int]:
-    """The depthwise weight as [B,1,R,S] of the input's dtype and device, and `share`, which is BANK for a bank.
+def as_weight(op: str, name: str, weight: Tensor | str, input: Tensor, share: int) -> tuple[Tensor, int, int]:
+    """The depthwise weight as [B,1,R,S] of the input's dtype and device; `share`, BANK for a bank; a named bank's code.
 
     A 3-D tensor [B,R,S] or a name is a bank.
     """
+    code = 0
     if isinstance(weight, Tensor):
         if weight.dim() == 3:
             weight, share = weight.unsqueeze(1), BANK
     elif isinstance(weight, str):
+        code = banks.CODES.get(weight, 0)
         try:
             weight, share = banks.bank(weight, dtype=input.dtype, device=input.device), BANK
         except ValueError as error:
@@ -147,7 +149,7 @@ def as_weight(op: str, name: str, weight: Tensor | str, input: Tensor, share: in
         what = "a tensor [K,1,R,S], a bank [B,R,S] or a bank's name"
         raise TypeError(f"{op}: {name} must be {what}; got {_described(weight)}")
     check_like(op, name, weight, input, "[K,1,R,S]")
-    return weight, share
+    return weight, share, code
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -220,6 +222,7 @@ def depthwise_plan(
     input: Shape,
     weight: Shape,
     share: int,
+    bank: int,
     multiplier: int,
     stride: Ints,
     padding: Padding,
@@ -235,6 +238,7 @@ def depthwise_plan(
         name: the weight's name, for messages.
         input, weight: shapes [N,C,H,W] and [B,1,R,S].
         share: number of channel chunks that share the weight, or BANK.
+        bank: code of a named bank, or 0.
         multiplier: of a bank, which does not tell it.
         stride, padding, dilation: as `as_window` returns them.
         channels_last: the output's memory format.
@@ -264,7 +268,7 @@ def depthwise_plan(
     shape = (n, c * multiplier, *window.output_size(h, w))
     _require_countable(op, shape)
     codes = (_code(op, "activation", activation), _code(op, "post_activation", post_activation))
-    return DepthwisePlan([*window.ints, multiplier, int(channels_last), *codes], shape)
+    return DepthwisePlan([*window.ints, multiplier, int(channels_last), *codes, bank], shape)
 
 
 def separable_plan(
@@ -274,6 +278,7 @@ def separable_plan(
     weight: Shape,
     pw_weight: Shape,
     share: int,
+    bank: int,
     keep: int,
     stride: Ints,
     padding: Padding,
@@ -294,7 +299,19 @@ def separable_plan(
     # A bank serves any number of channels: how many there are, the pointwise weight tells.
     multiplier = max(1, (pw_channels - through) // max(1, input[1]))
     dw_geometry, dw_shape = depthwise_plan(
-        op, "dw_weight", input, weight, share, multiplier, stride, padding, dilation, channels_last, "none", "none"
+        op,
+        "dw_weight",
+        input,
+        weight,
+        share,
+        bank,
+        multiplier,
+        stride,
+        padding,
+        dilation,
+        channels_last,
+        "none",
+        "none",
     )
     n, d, p, q = dw_shape
     if passthrough is not None and (through == 0 or passthrough != (n, through, p, q)):
@@ -318,7 +335,7 @@ def separable_plan(
         _code(op, "activation", activation),
         _code(op, "post_activation", post_activation),
     )
-    return SeparablePlan([*dw_geometry[:10], *codes, keep], dw_shape, (n, k, p, q))
+    return SeparablePlan([*dw_geometry[:10], *codes, keep, bank], dw_shape, (n, k, p, q))
 
 
 _cached_depthwise_plan = lru_cache(maxsize=4096)(depthwise_plan)

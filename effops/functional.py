@@ -76,12 +76,12 @@ def _depthwise(
         input, weight, bias, residual = [check.cast(t, dtype) for t in (input, weight, bias, residual)]
         scale, shift = check.cast_affine(scale, dtype), check.cast_affine(shift, dtype)
     check.check_input(op, input)
-    weight, share = check.as_weight(op, "weight", weight, input, share)
+    weight, share, bank = check.as_weight(op, "weight", weight, input, share)
     stride, padding, dilation = check.as_window(op, stride, padding, dilation)
     check.check_activation(op, "activation", activation)
     check.check_activation(op, "post_activation", post_activation)
     geometry, shape = check.plan_depthwise(
-        op, "weight", input.shape, weight.shape, share, multiplier, stride, padding, dilation,
+        op, "weight", input.shape, weight.shape, share, bank, multiplier, stride, padding, dilation,
         is_channels_last(input), activation, post_activation,
     )  # fmt: skip
     if bias is not None:
@@ -283,10 +283,10 @@ def depthwise_stats2d(
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
         input, weight, bias = [check.cast(t, dtype) for t in (input, weight, bias)]
     check.check_input(op, input)
-    weight, share = check.as_weight(op, "weight", weight, input, check.check_int(op, "share", share, 1))
+    weight, share, bank = check.as_weight(op, "weight", weight, input, check.check_int(op, "share", share, 1))
     stride, padding, dilation = check.as_window(op, stride, padding, dilation)
     geometry, shape = check.plan_depthwise(
-        op, "weight", input.shape, weight.shape, share, 1, stride, padding, dilation,
+        op, "weight", input.shape, weight.shape, share, bank, 1, stride, padding, dilation,
         is_channels_last(input), "none", "none",
     )  # fmt: skip
     if bias is not None:
@@ -319,7 +319,7 @@ def _separable(
         scale, shift = check.cast_affine(scale, dtype), check.cast_affine(shift, dtype)
     check.check_input(op, input)
     dw_share = check.check_int(op, "dw_share", dw_share, 1)
-    dw_weight, dw_share = check.as_weight(op, "dw_weight", dw_weight, input, dw_share)
+    dw_weight, dw_share, bank = check.as_weight(op, "dw_weight", dw_weight, input, dw_share)
     check.check_like(op, "pw_weight", pw_weight, input, "[K,C,1,1]")
     if passthrough is not None:
         check.check_like(op, "passthrough", passthrough, input, "[N,C,P,Q]")
@@ -331,7 +331,7 @@ def _separable(
     check.check_activation(op, "post_activation", post_activation)
     geometry, dw_shape, pw_shape = check.plan_separable(
         op, input.shape, None if passthrough is None else passthrough.shape, dw_weight.shape, pw_weight.shape,
-        dw_share, keep, stride, padding, dilation, is_channels_last(input),
+        dw_share, bank, keep, stride, padding, dilation, is_channels_last(input),
         dw_activation, dw_post_activation, activation, post_activation,
     )  # fmt: skip
     if dw_bias is not None:

@@ -507,7 +507,7 @@ def geometry_of(case: DwCase | DsCase, x: Tensor) -> list[int]:
     geometry += [code(epi.activation), code(epi.post_activation)]
     if isinstance(case, DsCase):
         geometry += [code(case.pw.activation), code(case.pw.post_activation), case.keep]
-    return geometry
+    return [*geometry, 0]
 
 
 def gradients(

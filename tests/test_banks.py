@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import effops.functional as EF
+from effops import backends
+from effops.ops import geometry as G
 from effops.ops.dwconv import banks
 
 HALF, THIRD, SIXTH, TWELFTH = 1 / 2, 1 / 3, 1 / 6, 1 / 12
@@ -61,3 +63,31 @@ def test_output_channel_o_uses_kernel_o_mod_k(multiplier: int, backend: str) -> 
     bank = banks.bank("vgnet8", dtype=torch.float64)[:, 0]
     for channel in range(12 * multiplier):
         assert torch.equal(out[channel], bank[channel % 8])
+
+
+def test_operators_receive_the_code_of_a_named_bank_only() -> None:
+    """A backend may compile a named bank's values in: the code must never stand beside other values."""
+    x = torch.zeros(1, 8, 5, 5)
+    seen = []
+
+    class Spy(backends.Backend):
+        name = "spy"
+
+        def why_not(self, call: backends.Call) -> list[str]:
+            seen.append(call.geometry[G.BANK])
+            return ["only looks"]
+
+        def worth_it(self, call: backends.Call) -> bool:
+            return False
+
+    backends.BACKENDS.insert(0, Spy())
+    try:
+        for name in banks.BANKS:
+            EF.fixed_filter_conv2d(x, name)
+            EF.ds_conv2d(x, name, torch.zeros(3, 8, 1, 1), padding=1)
+            EF.depthwise_stats2d(x, name)
+        EF.fixed_filter_conv2d(x, banks.bank("vgnet8"))
+        EF.depthwise_conv2d(x, torch.zeros(8, 1, 3, 3))
+    finally:
+        del backends.BACKENDS[0]
+    assert seen == [code for code in range(1, len(banks.BANKS) + 1) for _ in range(3)] + [0, 0]

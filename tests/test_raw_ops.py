@@ -424,7 +424,7 @@ def test_zero_sizes(size: tuple[int, ...]) -> None:
     """No images are right; no channels, rows or columns are not, padding or no padding."""
     x = torch.randn(size)
     weight, pw_weight = torch.randn(max(size[1], 1), 1, 3, 3), torch.randn(5, size[1], 1, 1)
-    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0]
+    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
     if size[0] == 0:
         assert ops.dwconv_fwd(x, weight, None, None, None, None, geometry, 0.0).shape == size
         return
@@ -466,7 +466,7 @@ def test_random_garbage_never_crashes() -> None:
     gen = generator("garbage")
     # Nothing between 10 and 2^40: that would be right, and gigabytes large.
     values = torch.tensor([-(2**63), -1, 0, 2, 3, 9, 2**40, 2**62, 2**63 - 1])
-    sound = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0]
+    sound = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
     right = refused = 0
 
     def sizes(often: tuple[int, ...]) -> list[int]:
@@ -477,10 +477,10 @@ def test_random_garbage_never_crashes() -> None:
         x = torch.randn(sizes((2, 3, 4, 5)))
         weight = torch.randn(sizes((3, 1, 3, 3)))
         pw_weight = torch.randn(sizes((2, 3, 1, 1)))
-        odd = values[torch.randint(0, len(values), (15,), generator=gen)].tolist()
+        odd = values[torch.randint(0, len(values), (16,), generator=gen)].tolist()
         geometry = [o if torch.rand((), generator=gen) < 0.06 else s for s, o in zip(sound, odd, strict=True)]
         none = [None] * 4
-        dw, ds = geometry[:12], geometry
+        dw, ds = geometry[:13], geometry
         for call in (
             partial(ops.dwconv_fwd, x, weight, *none, dw, 0.1),
             partial(ops.dwconv_bwd, x, None, x, weight, *none, dw, 0.1, 3),

@@ -52,7 +52,7 @@ def dw_arguments(memory_format: torch.memory_format, dtype: torch.dtype, stride:
     x = rand(2, 6, 7, 6, dtype=dtype, memory_format=memory_format)
     w, per_channel = rand(12, 1, 3, 3, dtype=dtype), [rand(12, dtype=dtype) for _ in range(3)]
     residual = rand(2, 12, 4, 3, dtype=dtype)
-    geometry = [stride, stride, 1, 1, 1, 1, 1, 1, 2, int(memory_format == torch.channels_last), 4, 1]
+    geometry = [stride, stride, 1, 1, 1, 1, 1, 1, 2, int(memory_format == torch.channels_last), 4, 1, 0]
     return (x, w, *per_channel, residual, geometry, 0.1)
 
 
@@ -61,7 +61,7 @@ def ds_arguments(memory_format: torch.memory_format, dtype: torch.dtype) -> tupl
     through = rand(2, 3, 7, 6, dtype=dtype, memory_format=memory_format)
     dw = [rand(6, 1, 3, 3, dtype=dtype), *[rand(6, dtype=dtype) for _ in range(3)], rand(2, 6, 7, 6, dtype=dtype)]
     pw = [rand(5, 9, 1, 1, dtype=dtype), *[rand(5, dtype=dtype) for _ in range(3)], rand(2, 5, 7, 6, dtype=dtype)]
-    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, int(memory_format == torch.channels_last), 1, 4, 4, 0, 2]
+    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, int(memory_format == torch.channels_last), 1, 4, 4, 0, 2, 0]
     return (x, through, *dw, *pw, geometry, [0.1, 0.2])
 
 

@@ -5,7 +5,7 @@
 namespace effops {
 namespace {
 
-constexpr std::size_t kGeometry = 15;
+constexpr std::size_t kGeometry = 16;
 
 // Checked forward arguments; `kernel` must outlive them.
 DsconvForwardArgs forward_args(const StaticArgs& statics, const Tensor& kernel, const Tensor& input,

@@ -5,7 +5,7 @@
 namespace effops {
 namespace {
 
-constexpr std::size_t kGeometry = 12;
+constexpr std::size_t kGeometry = 13;
 
 Tensor dwconv_fwd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias, const OptionalTensor& scale,
                   const OptionalTensor& shift, const OptionalTensor& residual, const Ints& geometry, double slope) {

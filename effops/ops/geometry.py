@@ -13,6 +13,7 @@ MAX_INT = 2**31 - 1
 STRIDE_H, STRIDE_W, PAD_TOP, PAD_BOTTOM, PAD_LEFT, PAD_RIGHT, DILATION_H, DILATION_W = range(8)
 MULTIPLIER, CHANNELS_LAST, ACTIVATION, POST_ACTIVATION = range(8, 12)
 PW_ACTIVATION, PW_POST_ACTIVATION, KEEP = range(12, 15)
+BANK = -1  # the last of either room: 0, or 1 + the place in banks.BANKS of the named bank that the weight holds
 
 
 class Geometry(NamedTuple):

@@ -153,7 +153,7 @@ class DepthwiseConv2dFunction(KernelFunction):
         weight: [B,1,R,S]; output channel o uses kernel o mod B.
         bias: [K] with K = C * multiplier, or None; so are scale and shift.
         residual: [N,K,P,Q] or None.
-        geometry: the 12 ints of `effops/schemas.inc`.
+        geometry: the 13 ints of `effops/schemas.inc`.
         slope: negative slope of leaky_relu.
         backend: name of the backend whose kernels run, forward and backward ("cpp").
 

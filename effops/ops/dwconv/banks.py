@@ -72,6 +72,9 @@ BANKS: dict[str, tuple[Kernel, ...]] = {
 }  # fmt: skip
 
 
+CODES = {name: code for code, name in enumerate(BANKS, 1)}  # as the operators receive them; 0: no named bank
+
+
 def bank(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """The bank of that name as a tensor [K,1,R,S].
 
