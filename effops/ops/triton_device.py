@@ -1,0 +1,307 @@
+"""Triton device functions that every room shares: maps in memory, windows, activations, epilogues, the depthwise tile.
+
+Nothing here knows an operator. A kernel sees feature maps as `Map` (pointer and strides), so that NCHW, channels_last,
+sliced and expanded tensors are the same code; sizes as `Sizes`; everything that shapes the generated code (`Window`,
+activations, slopes) as constexpr.
+
+A tile is [pixels, channels]: pixels are numbered n * P * Q + p * Q + q through the whole batch, so that a block is full
+on small maps too. Arithmetic is float32, float64 for float64 maps. Offsets are 32-bit where the host says that all of
+them fit (`WIDE`). `VEC` is how many channels of a pixel one access may take in channels_last maps, 16 bytes at most;
+Triton by itself only knows multiples of 16 elements, and 28 channels (VGNet) would be read one by one.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+# The codes of effops.ops.epilogue.ACTIVATIONS, as constants a kernel may read.
+_NONE = tl.constexpr(0)
+_RELU = tl.constexpr(1)
+_RELU6 = tl.constexpr(2)
+_LEAKY_RELU = tl.constexpr(3)
+_SILU = tl.constexpr(4)
+_HARDSWISH = tl.constexpr(5)
+_HARDSIGMOID = tl.constexpr(6)
+_SIGMOID = tl.constexpr(7)
+_GELU = tl.constexpr(8)
+
+# A window of at most so many taps is unrolled: all its loads are in flight together. Larger ones are a loop.
+_UNROLLED_TAPS = tl.constexpr(25)
+
+
+class Map(NamedTuple):
+    """A feature map [N,C,H,W] in memory: pointer (None: there is none) and strides in elements."""
+
+    data: Any
+    n: int
+    c: int
+    h: int
+    w: int
+
+
+class Sizes(NamedTuple):
+    """Sizes of a depthwise convolution: input rows and columns, output rows and columns, pixels N * P * Q, channels."""
+
+    H: int
+    W: int
+    P: int
+    Q: int
+    M: int
+    D: int
+
+
+class Window(NamedTuple):
+    """What shapes the code of a depthwise convolution (constexpr).
+
+    Attributes:
+        R, S: rows and columns of the kernel.
+        SH, SW: stride.
+        TOP, LEFT: padding.
+        DH, DW: dilation.
+        MULT: output channels an input channel.
+        B: kernels in the bank; output channel o uses kernel o mod B.
+        TAPS: the bank's values where they are fixed, B tuples of R * S floats; else None.
+    """
+
+    R: int
+    S: int
+    SH: int
+    SW: int
+    TOP: int
+    LEFT: int
+    DH: int
+    DW: int
+    MULT: int
+    B: int
+    TAPS: tuple | None
+
+
+class Affine(NamedTuple):
+    """The per-channel vectors of an epilogue, contiguous; None where absent."""
+
+    bias: Any
+    scale: Any
+    shift: Any
+
+
+class Chain(NamedTuple):
+    """The scalars of an epilogue (constexpr): codes of its two activations and the slope of leaky_relu."""
+
+    ACT: int
+    POST: int
+    SLOPE: float
+
+
+# ---- arithmetic -----------------------------------------------------------------------------------------------------
+
+
+@triton.constexpr_function
+def accumulator(dtype):
+    """The type of sums over elements of this type."""
+    return tl.float64 if dtype == tl.float64 else tl.float32
+
+
+@triton.jit
+def _sigmoid(x):
+    return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def activate(x, CODE: tl.constexpr, SLOPE: tl.constexpr):
+    """The activation; NaN stays NaN, as in torch."""
+    if CODE == _RELU:
+        x = tl.where(x < 0, 0.0, x)
+    elif CODE == _RELU6:
+        x = tl.where(x < 0, 0.0, tl.where(x > 6, 6.0, x))
+    elif CODE == _LEAKY_RELU:
+        x = tl.where(x > 0, x, x * SLOPE)
+    elif CODE == _SILU:
+        x = x * _sigmoid(x)
+    elif CODE == _HARDSWISH:
+        x = x * tl.where(x < -3, 0.0, tl.where(x > 3, 6.0, x + 3)) / 6
+    elif CODE == _HARDSIGMOID:
+        x = tl.where(x < -3, 0.0, tl.where(x > 3, 6.0, x + 3)) / 6
+    elif CODE == _SIGMOID:
+        x = _sigmoid(x)
+    elif CODE == _GELU:
+        x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    return x
+
+
+@triton.jit
+def activation_slope(x, CODE: tl.constexpr, SLOPE: tl.constexpr):
+    """The activation's derivative at x, with torch's choice at the kinks."""
+    # Constants of x's own type: between two Python numbers tl.where would be float32, in float64 kernels too.
+    zero = tl.full(x.shape, 0.0, x.dtype)
+    one = tl.full(x.shape, 1.0, x.dtype)
+    if CODE == _RELU:
+        return tl.where(x > 0, one, zero)
+    elif CODE == _RELU6:
+        return tl.where((x > 0) & (x < 6), one, zero)
+    elif CODE == _LEAKY_RELU:
+        return tl.where(x > 0, one, one * SLOPE)
+    elif CODE == _SILU:
+        g = _sigmoid(x)
+        return g * (1.0 + x * (1.0 - g))
+    elif CODE == _HARDSWISH:
+        return tl.where(x <= -3, zero, tl.where(x < 3, x / 3 + 0.5, one))
+    elif CODE == _HARDSIGMOID:
+        return tl.where((x > -3) & (x < 3), one / 6, zero)
+    elif CODE == _SIGMOID:
+        g = _sigmoid(x)
+        return g * (1.0 - g)
+    elif CODE == _GELU:
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * 0.3989422804014327 * tl.exp(-0.5 * x * x)
+    else:
+        return one
+
+
+@triton.jit
+def slope_from_output(y, CODE: tl.constexpr, SLOPE: tl.constexpr):
+    """The same derivative from the activation's own result, for the activations that allow it."""
+    if CODE == _SIGMOID:
+        return y * (1.0 - y)
+    else:
+        return activation_slope(y, CODE, SLOPE)
+
+
+# ---- addresses and accesses -----------------------------------------------------------------------------------------
+
+
+@triton.jit
+def block_of(block, SIZE: tl.constexpr, WIDE: tl.constexpr):
+    """Indices SIZE * block + [0, SIZE), 64-bit where offsets need it."""
+    if WIDE:
+        block = block.to(tl.int64)
+    return block * SIZE + tl.arange(0, SIZE)
+
+
+@triton.jit
+def channels_of(block, sizes, SIZE: tl.constexpr, VEC: tl.constexpr):
+    """Channels of a block, and which exist."""
+    o = block * SIZE + tl.arange(0, SIZE)
+    return o, o < sizes.D // VEC * VEC  # a hint that D is a multiple of VEC would be folded away
+
+
+@triton.jit
+def pixels_of(m, sizes):
+    """Pixel numbers as (n, p, q)."""
+    q = m % sizes.Q
+    rows = m // sizes.Q
+    return rows // sizes.P, rows % sizes.P, q
+
+
+@triton.jit
+def tile_pointers(x, n, h, w, c, VEC: tl.constexpr):
+    """Pointers [pixels, channels] to x[n, c, h, w], for pixel vectors n, h, w and a channel vector c."""
+    pixels = n * x.n + h * x.h + w * x.w
+    if VEC > 1:  # the hint stands on a computed value: on an argument it is lost when this function is inlined
+        pixels = tl.multiple_of(pixels, VEC)
+    return x.data + (pixels[:, None] + (c * x.c)[None, :])
+
+
+@triton.jit
+def load_tile(x, n, h, w, c, mask, VEC: tl.constexpr):
+    """x[n, c, h, w] as [pixels, channels], 0 where masked."""
+    return tl.load(tile_pointers(x, n, h, w, c, VEC), mask=mask, other=0.0)
+
+
+@triton.jit
+def store_tile(x, n, h, w, c, value, mask, VEC: tl.constexpr):
+    """x[n, c, h, w] = value, rounded once to the map's dtype."""
+    tl.store(tile_pointers(x, n, h, w, c, VEC), value.to(x.data.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def load_vector(data, c, live, ACC: tl.constexpr):
+    """A per-channel vector's elements c."""
+    return tl.load(data + c, mask=live, other=0.0).to(ACC)
+
+
+# ---- epilogue -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def epilogue(u, affine, residual, c, live, CHAIN: tl.constexpr):
+    """post(act(u + bias) * scale + shift + residual) of a tile [pixels, channels].
+
+    `residual` is the loaded tile, or None; `live` masks the channels c.
+    """
+    if affine.bias is not None:
+        u += load_vector(affine.bias, c, live, u.dtype)[None, :]
+    u = activate(u, CHAIN.ACT, CHAIN.SLOPE)
+    if affine.scale is not None:
+        u *= load_vector(affine.scale, c, live, u.dtype)[None, :]
+    if affine.shift is not None:
+        u += load_vector(affine.shift, c, live, u.dtype)[None, :]
+    if residual is not None:
+        u += residual.to(u.dtype)
+    return activate(u, CHAIN.POST, CHAIN.SLOPE)
+
+
+# ---- the depthwise tile ---------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tap_vector(weight, o, live, tap, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """Tap number `tap` of the kernels of output channels o, from a contiguous bank [B,1,R,S]."""
+    taps: tl.constexpr = WINDOW.R * WINDOW.S
+    return tl.load(weight + (o % WINDOW.B) * taps + tap, mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
+def fixed_tap_vector(o, TAP: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
+    """The same for fixed kernels: constants, no load."""
+    bank: tl.constexpr = WINDOW.TAPS
+    kernels: tl.constexpr = WINDOW.B
+    k = o % kernels
+    value = tl.full(o.shape, bank[0][TAP], ACC)
+    for b in tl.static_range(1, kernels):
+        value = tl.where(k == b, tl.full(o.shape, bank[b][TAP], ACC), value)
+    return value
+
+
+@triton.jit
+def window_pixels(p, q, r, s, sizes, WINDOW: tl.constexpr):
+    """Input row and column that tap (r, s) of output pixels (p, q) reads, and whether they are inside."""
+    h = p * WINDOW.SH + r * WINDOW.DH - WINDOW.TOP
+    w = q * WINDOW.SW + s * WINDOW.DW - WINDOW.LEFT
+    return h, w, (h >= 0) & (h < sizes.H) & (w >= 0) & (w < sizes.W)
+
+
+@triton.jit
+def depthwise_tap(u, x, weight, n, p, q, inside, o, live, r, s, sizes, WINDOW: tl.constexpr, VEC: tl.constexpr):
+    """u + weight[o, r, s] * x[n, o // MULT, window pixel]: one tap of the window."""
+    h, w, in_map = window_pixels(p, q, r, s, sizes, WINDOW)
+    mask = (inside & in_map)[:, None] & live[None, :]
+    value = load_tile(x, n, h, w, o // WINDOW.MULT, mask, VEC)
+    if WINDOW.TAPS is None:
+        tap = tap_vector(weight, o, live, r * WINDOW.S + s, WINDOW, u.dtype)
+    else:
+        tap = fixed_tap_vector(o, r * WINDOW.S + s, WINDOW, u.dtype)
+    return u + value.to(u.dtype) * tap[None, :]
+
+
+@triton.jit
+def depthwise_tile(x, weight, n, p, q, inside, o, live, sizes, WINDOW: tl.constexpr, VEC: tl.constexpr):
+    """u[pixel, o] = sum over taps of weight[o mod B, r, s] * x[n, o // MULT, p * SH + r * DH - TOP, ...].
+
+    Args:
+        x: the input `Map`. weight: the bank [B,1,R,S], contiguous.
+        n, p, q, inside: output pixels of the tile, and which exist.
+        o, live: output channels of the tile, and which exist.
+    """
+    rows: tl.constexpr = WINDOW.R
+    columns: tl.constexpr = WINDOW.S
+    u = tl.zeros((n.shape[0], o.shape[0]), accumulator(x.data.dtype.element_ty))
+    if rows * columns <= _UNROLLED_TAPS:
+        for r in tl.static_range(rows):
+            for s in tl.static_range(columns):
+                u = depthwise_tap(u, x, weight, n, p, q, inside, o, live, r, s, sizes, WINDOW, VEC)
+    else:
+        for tap in range(rows * columns):
+            u = depthwise_tap(u, x, weight, n, p, q, inside, o, live, tap // columns, tap % columns, sizes, WINDOW, VEC)
+    return u

@@ -1,0 +1,136 @@
+"""The host side that every Triton room shares: tensors as kernel arguments, alignment, 64-bit offsets, launching."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from effops.ops import geometry as G
+from effops.ops.dwconv import banks
+from effops.ops.triton_device import Affine, Chain, Map, Sizes, Window
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_ACCESS_BYTES = 16  # the widest load of a thread
+_MAX_INT = 2**31 - 1
+
+
+def as_map(x: Tensor | None) -> Map:
+    """The tensor as a kernel sees it; strides of axes of length 1 say nothing and become 0, which is aligned."""
+    if x is None:
+        return Map(None, 0, 0, 0, 0)
+    n, c, h, w = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+    return Map(x, n, 1 if x.shape[1] == 1 else c, h, w)
+
+
+def vector(x: Tensor | None) -> Tensor | None:
+    """A per-channel vector, contiguous."""
+    return None if x is None else x.contiguous()
+
+
+def affine(bias: Tensor | None, scale: Tensor | None, shift: Tensor | None) -> Affine:
+    """The per-channel vectors of an epilogue."""
+    return Affine(vector(bias), vector(scale), vector(shift))
+
+
+def depthwise_chain(geometry: list[int], slope: float) -> Chain:
+    """The activations after the depthwise convolution."""
+    return Chain(geometry[G.ACTIVATION], geometry[G.POST_ACTIVATION], slope)
+
+
+def sizes_of(x: Tensor, weight: Tensor, geometry: list[int]) -> Sizes:
+    """Sizes of the depthwise convolution of `x` with `weight`."""
+    n, c, h, w = x.shape
+    p, q = G.output_size(h, w, weight.shape[2], weight.shape[3], geometry)
+    return Sizes(h, w, p, q, n * p * q, c * geometry[G.MULTIPLIER])
+
+
+def window_of(weight: Tensor, geometry: list[int]) -> Window:
+    """The constexpr part of a depthwise convolution; fixed taps are rounded to the weight's dtype, as the tensor is."""
+    kernels, _, r, s = weight.shape
+    sh, sw, top, _, left, _, dh, dw, multiplier = geometry[:9]
+    taps = None
+    if geometry[G.BANK] and r * s <= 25:
+        name = list(banks.BANKS)[geometry[G.BANK] - 1]
+        values = banks.bank(name, dtype=weight.dtype).double().flatten(1).tolist()
+        taps = tuple(tuple(kernel) for kernel in values)
+    return Window(r, s, sh, sw, top, left, dh, dw, multiplier, kernels, taps)
+
+
+def vector_width(maps: Iterable[Tensor | None], channels: Iterable[int]) -> int:
+    """How many channels of a pixel one access may take: what divides every pointer, stride and channel count.
+
+    1 where a map does not have its channels side by side.
+    """
+    common = math.gcd(*channels)
+    for x in maps:
+        if x is not None:
+            n, c, h, w = x.stride()
+            if x.shape[1] != 1 and c != 1:
+                return 1
+            size = x.element_size()
+            common = math.gcd(common, _ACCESS_BYTES // size, n, h, w)
+            common = math.gcd(common, math.gcd(x.data_ptr(), _ACCESS_BYTES) // size)
+    return common
+
+
+def needs_wide(maps: Iterable[Tensor | None], sizes: Sizes, window: Window) -> bool:
+    """Whether an index or an offset of the kernels passes 31 bits."""
+    reach = max(
+        sizes.M + 2**16,  # the last block overshoots
+        sizes.P * window.SH + window.R * window.DH,
+        sizes.Q * window.SW + window.S * window.DW,
+    )
+    for x in maps:
+        if x is not None:
+            last = sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True))
+            reach = max(reach, last)  # offsets of masked accesses may wrap: nothing is read or written there
+    return reach > _MAX_INT
+
+
+class Config(NamedTuple):
+    """A kernel's tile (pixels, channels of the depthwise convolution, output channels) and its launch parameters."""
+
+    BLOCK_M: int
+    BLOCK_C: int
+    BLOCK_K: int
+    num_warps: int
+    num_stages: int
+
+
+def architecture(x: Tensor) -> int:
+    """Compute capability of the tensor's device as Triton numbers it: 80, 90, 100; 0 for the interpreter."""
+    if INTERPRETED:
+        return 0
+    if x.device.type == "meta":  # compiling without a device: see compile_kernels
+        return triton.runtime.driver.active.get_current_target().arch
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return 10 * major + minor
+
+
+def launch(kernel: Callable, blocks: int, on: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Runs `kernel` with `blocks` programs on the device of `on`, on its current stream; nothing for no blocks.
+
+    Raises:
+        RuntimeError: more programs than a grid can have.
+    """
+    if blocks == 0:
+        return
+    if blocks > _MAX_INT:
+        raise RuntimeError(f"effops: {blocks} programs are more than a grid can have (2**31 - 1)")
+    if on.is_cuda:
+        with torch.cuda.device(on.device):
+            kernel[(blocks,)](*arguments, **constants)
+    elif on.device.type == "meta":
+        compiled.append(kernel.warmup(*arguments, grid=(blocks,), **constants))
+    else:
+        kernel[(blocks,)](*arguments, **constants)
+
+
+compiled: list = []  # what launches on meta tensors compiled, for the ahead-of-time check
