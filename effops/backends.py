@@ -10,6 +10,8 @@ A new backend is one `Backend` in `BACKENDS`, and its operators in the `KERNELS`
 
 from __future__ import annotations
 
+import importlib.metadata
+import importlib.util
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -22,8 +24,10 @@ from torch.nn.modules import module as _module_hooks
 
 from effops import _library
 from effops.ops.higher_order import transformed
+from effops.ops.registration import INTERPRETING
 
 ENV_VARIABLE = "EFFOPS_BACKEND"
+_TRANSFORMED = "functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops"
 
 
 class Call(NamedTuple):
@@ -52,6 +56,7 @@ class Backend(ABC):
     """One way to run the operators."""
 
     name: str
+    device = "cpu"  # what it is for
 
     @abstractmethod
     def why_not(self, call: Call) -> Sequence[str]:
@@ -92,14 +97,63 @@ class _Cpp(Backend):
         if x.dtype not in self.dtypes:
             reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
         if transformed():
-            reasons.append("functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops")
+            reasons.append(_TRANSFORMED)
         return reasons
 
     def worth_it(self, call: Call) -> bool:
         return True
 
 
-BACKENDS: list[Backend] = [_Cpp(), _Reference()]
+def _why_no_triton() -> str | None:
+    """Why Triton cannot be imported here; finds out without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install 'triton>=3.6'; Linux only)"
+    version = importlib.metadata.version("triton")
+    if tuple(int(part) for part in version.split(".")[:2]) < (3, 6):
+        return f"Triton {version} is too old; 3.6 or newer is needed"
+    return None
+
+
+class _Triton(Backend):
+    """The Triton kernels of effops/ops/<op>/triton.py: CUDA GPUs, and the CPU where they are interpreted (tests)."""
+
+    name = "triton"
+    device = "cuda"
+    dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+    missing = _why_no_triton()
+    least_capability = (8, 0)
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        x = call.input
+        reasons = []
+        if self.missing is not None:
+            reasons.append(self.missing)
+        if x.is_cuda:
+            reasons += self._device_reasons(x.device)
+        elif not (INTERPRETING and x.is_cpu):
+            hint = " (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)" if x.is_cpu else ""
+            reasons.append(f"device {x.device} is not a CUDA GPU{hint}")
+        if x.dtype not in self.dtypes:
+            reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
+        elif INTERPRETING and x.dtype is torch.bfloat16 and call.op == "dsconv":
+            reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+        if transformed():
+            reasons.append(_TRANSFORMED)
+        return reasons
+
+    def _device_reasons(self, device: torch.device) -> list[str]:
+        if torch.version.hip is not None:
+            return ["ROCm is not supported"]
+        found = torch.cuda.get_device_capability(device)
+        if found >= self.least_capability:
+            return []
+        return [f"compute capability {found[0]}.{found[1]} of {device} is below 8.0 (Ampere)"]
+
+    def worth_it(self, call: Call) -> bool:
+        return call.input.is_cuda  # interpreted, it is for tests
+
+
+BACKENDS: list[Backend] = [_Triton(), _Cpp(), _Reference()]
 
 
 def names() -> tuple[str, ...]:

@@ -15,6 +15,7 @@ ENVIRONMENT = (
     "EFFOPS_CPU_ISA",
     "EFFOPS_BUILD",
     "EFFOPS_SANITIZE",
+    "TRITON_INTERPRET",
     "CXX",
     "MAX_JOBS",
     "OMP_NUM_THREADS",
@@ -57,18 +58,26 @@ def _torch() -> dict[str, Any]:
 
 
 def _backends() -> dict[str, str]:
-    """For each backend: works, or why not, judged on a small float32 input on the CPU."""
+    """For each backend: works, or why not, judged on a small float32 input on the device it is for."""
     import torch
 
     from effops import backends
 
-    x = torch.zeros(1, 8, 8, 8)
-    call = backends.Call(
-        "dwconv", "info", x, x.new_zeros(8, 1, 3, 3), None, [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0], (1, 8, 8, 8)
-    )
-    return {
-        backend.name: _safe(lambda b=backend: "; ".join(b.why_not(call)) or "works") for backend in backends.BACKENDS
-    }
+    def verdict(backend: backends.Backend) -> str:
+        device = "cuda" if backend.device == "cuda" and torch.cuda.is_available() else "cpu"
+        x = torch.zeros(1, 8, 8, 8, device=device)
+        geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]
+        call = backends.Call("dwconv", "info", x, x.new_zeros(8, 1, 3, 3), None, geometry, (1, 8, 8, 8))
+        return "; ".join(backend.why_not(call)) or "works"
+
+    return {backend.name: _safe(lambda b=backend: verdict(b)) for backend in backends.BACKENDS}
+
+
+def _gpus() -> list[str]:
+    import torch
+
+    properties = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [f"{p.name}, capability {p.major}.{p.minor}, {p.total_memory >> 20} MiB" for p in properties] or ["none"]
 
 
 def _kernels() -> dict[str, Any]:
@@ -94,6 +103,7 @@ def collect() -> dict[str, Any]:
         "cpu": _safe(_cpu),
         "cores": os.cpu_count(),
         "torch": _safe(_torch),
+        "gpus": _safe(_gpus),
         "packages": {name: _safe(lambda name=name: _version(name)) for name in ("numpy", "triton")},
         "kernel library": _safe(_kernels),
         "backends": _safe(_backends),

@@ -7,14 +7,19 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+
+# Without a GPU, Triton kernels are interpreted; effops and Triton read this once, at their import.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from helpers import poison_memory
 from hypothesis import HealthCheck, settings
 
-from effops import _library
+from effops import _library, backends
 
 # Every test that takes `backend` runs once for each name. A new backend joins by adding its name here and, where it can
 # be absent, the reason to why_backend_missing.
-BACKENDS = ("reference", "cpp")
+BACKENDS = ("reference", "cpp", "triton")
 
 settings.register_profile(
     "effops",
@@ -32,6 +37,9 @@ def why_backend_missing(name: str) -> str | None:
     """Why ``name`` cannot be tested here, or None."""
     if name == "cpp" and not _library.kernels_loaded:
         return f"backend cpp: {_library.why_not_loaded}"
+    if name == "triton":
+        triton = next(backend for backend in backends.BACKENDS if backend.name == "triton")
+        return triton.missing and f"backend triton: {triton.missing}"
     return None
 
 
@@ -66,6 +74,13 @@ def cpp() -> str:
     """For tests of the kernel library itself (raw operators, threads, instruction sets)."""
     require_backend("cpp")
     return "cpp"
+
+
+@pytest.fixture
+def triton() -> str:
+    """For tests of the Triton backend itself; they run interpreted where there is no GPU."""
+    require_backend("triton")
+    return "triton"
 
 
 @pytest.fixture(autouse=True)

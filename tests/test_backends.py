@@ -47,12 +47,26 @@ class _Other(backends.Backend):
 
 
 def call() -> backends.Call:
-    return backends.Call("dwconv", "depthwise_conv2d", X, W, None, [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0], (2, 8, 7, 7))
+    geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0]
+    return backends.Call("dwconv", "depthwise_conv2d", X, W, None, geometry, (2, 8, 7, 7))
+
+
+def backend_named(name: str) -> backends.Backend:
+    return next(backend for backend in backends.BACKENDS if backend.name == name)
+
+
+@pytest.fixture
+def no_triton(monkeypatch: pytest.MonkeyPatch) -> str:
+    """Triton made absent; returns the reason."""
+    monkeypatch.setattr(backend_named("triton"), "missing", "Triton was left out", raising=False)
+    monkeypatch.setattr(backends, "INTERPRETING", False)
+    hint = "TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly"
+    return f"Triton was left out; device cpu is not a CUDA GPU ({hint})"
 
 
 def test_order_and_names() -> None:
-    assert [backend.name for backend in backends.BACKENDS] == ["cpp", "reference"]
-    assert backends.names() == ("auto", "cpp", "reference")
+    assert [backend.name for backend in backends.BACKENDS] == ["triton", "cpp", "reference"]
+    assert backends.names() == ("auto", "triton", "cpp", "reference")
 
 
 def test_auto_takes_the_first_that_can_and_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,7 +81,8 @@ def test_a_backend_asked_for_by_name_is_taken_whatever_its_cost(monkeypatch: pyt
 
 
 def test_a_backend_asked_for_by_name_never_falls_back(monkeypatch: pytest.MonkeyPatch, no_kernels: str) -> None:
-    monkeypatch.setattr(backends, "BACKENDS", [_Other(["too old", "too slow"], True), *backends.BACKENDS])
+    rest = [backend_named("cpp"), backend_named("reference")]
+    monkeypatch.setattr(backends, "BACKENDS", [_Other(["too old", "too slow"], True), *rest])
     with pytest.raises(RuntimeError) as caught:
         backends.choose(call(), "cpp")
     assert str(caught.value).splitlines() == [
@@ -98,7 +113,7 @@ def test_reasons_are_empty_exactly_where_cpp_runs(cpp: str) -> None:
         for device in ("cpu", "meta"):
             c = call()._replace(input=X.to(device, dtype))
             runs = device == "cpu" and dtype != torch.float16
-            assert (not backends.BACKENDS[0].why_not(c)) is runs
+            assert (not backend_named("cpp").why_not(c)) is runs
 
 
 def test_auto_without_kernels_is_the_reference(no_kernels: str) -> None:
@@ -144,6 +159,41 @@ def test_the_choice_of_forward_holds_for_backward(cpp: str) -> None:
     assert type(y.grad_fn).__name__ == "DepthwiseConv2dFunctionBackward"
     expected = torch.autograd.grad(EF.depthwise_conv2d(x, W, backend="reference").sum(), x)[0]
     assert torch.equal(x.grad, expected)
+
+
+# ---- Triton ---------------------------------------------------------------------------------------------------------
+
+
+def test_triton_names_every_reason(monkeypatch: pytest.MonkeyPatch, no_triton: str) -> None:
+    x, w = X.to("meta", torch.int32), W.to("meta")
+    c = call()._replace(input=x, weight=w)
+    with torch.autograd.forward_ad.dual_level():
+        assert backend_named("triton").why_not(c) == [
+            "Triton was left out",
+            "device meta is not a CUDA GPU",
+            "dtype int32 is not supported (float32, float16, bfloat16, float64)",
+            "functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops",
+        ]
+
+
+def test_triton_interprets_on_the_cpu_when_asked_by_name_only(triton: str, cpp: str) -> None:
+    assert taken(EF.depthwise_conv2d, X, W) == ["cpp"]
+    assert taken(lambda: EF.depthwise_conv2d(X, W, backend="triton")) == ["triton"]
+
+
+def test_triton_interpreted_refuses_bfloat16_products(triton: str) -> None:
+    x, w, pw = X.bfloat16(), W.bfloat16(), PW.bfloat16()
+    EF.depthwise_conv2d(x, w, backend="triton")
+    with pytest.raises(RuntimeError, match="interpreter multiplies bfloat16 matrices wrongly"):
+        EF.ds_conv2d(x, w, pw, backend="triton")
+
+
+@pytest.mark.parametrize(("version", "reason"), [("3.5.1", "Triton 3.5.1 is too old; 3.6 or newer"), ("3.10.0", None)])
+def test_triton_version(monkeypatch: pytest.MonkeyPatch, version: str, reason: str | None) -> None:
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends.importlib.metadata, "version", lambda name: version)
+    found = backends._why_no_triton()
+    assert found is None if reason is None else found.startswith(reason)
 
 
 # ---- transforms -----------------------------------------------------------------------------------------------------
@@ -203,7 +253,7 @@ class _Net(torch.nn.Module):
         return self.act(self.first(x))
 
 
-def test_explain_tells_module_call_backend_and_reasons(no_kernels: str) -> None:
+def test_explain_tells_module_call_backend_and_reasons(no_kernels: str, no_triton: str) -> None:
     explanation = effops.explain(_Net(), X)
     stats, block = explanation.calls
     assert stats == (
@@ -213,26 +263,26 @@ def test_explain_tells_module_call_backend_and_reasons(no_kernels: str) -> None:
         "3x3",
         "2 x [8]",
         "reference",
-        {"cpp": no_kernels},
+        {"triton": no_triton, "cpp": no_kernels},
     )
     assert block == (
         "first", "ds_conv2d", "float32[2,8,9,9] on cpu", "3x3 stride 2x2 + 1x1", "[2,7,5,5]", "reference",
-        {"cpp": no_kernels},
+        {"triton": no_triton, "cpp": no_kernels},
     )  # fmt: skip
     lines = str(explanation).splitlines()
     assert re.split(" {2,}", lines[0])[-3:] == ["output", "backend", "why not the others"]
     assert lines[1].startswith("-  ")
-    assert lines[2].startswith("first") and lines[2].endswith(f"reference  cpp: {no_kernels}")
+    assert lines[2].startswith("first") and lines[2].endswith(f"reference  triton: {no_triton}; cpp: {no_kernels}")
     assert len({line.index(word) for line, word in zip(lines[1:], ("reference", "reference"), strict=True)}) == 1
 
 
-def test_explain_of_a_chosen_kernel(cpp: str) -> None:
+def test_explain_of_a_chosen_kernel(cpp: str, no_triton: str) -> None:
     (found,) = effops.explain(EF.depthwise_conv2d, X, W, padding=1).calls
     assert found.backend == "cpp"
-    assert found.why_not == {"reference": "comes later in the list"}
+    assert found.why_not == {"triton": no_triton, "reference": "comes later in the list"}
     with effops.use_backend("reference"):
         (found,) = effops.explain(EF.depthwise_conv2d, X, W).calls
-    assert found.why_not == {"cpp": "another was asked for, or the cost rule prefers it"}
+    assert found.why_not == {"triton": no_triton, "cpp": "another was asked for, or the cost rule prefers it"}
 
 
 def test_explain_leaves_nothing_behind() -> None:
@@ -253,9 +303,9 @@ def test_explain_records_no_gradient() -> None:
 # ---- info and the command line --------------------------------------------------------------------------------------
 
 
-def test_info_says_what_works_and_why_not(no_kernels: str) -> None:
+def test_info_says_what_works_and_why_not(no_kernels: str, no_triton: str) -> None:
     report = info.collect()
-    assert report["backends"] == {"cpp": no_kernels, "reference": "works"}
+    assert report["backends"] == {"triton": no_triton, "cpp": no_kernels, "reference": "works"}
     assert report["kernel library"] == {"loaded": False, "why not": no_kernels}
     assert report["effops"] == effops.__version__
     assert report["torch"]["torch"] == torch.__version__
@@ -281,7 +331,7 @@ def test_info_never_throws(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(info.platform, "platform", broken)
     monkeypatch.setattr(torch, "get_num_threads", broken)
     monkeypatch.setattr(info.metadata, "version", broken)
-    monkeypatch.setattr(backends.BACKENDS[0], "why_not", broken, raising=False)
+    monkeypatch.setattr(backend_named("cpp"), "why_not", broken, raising=False)
     report = info.collect()
     for key in ("platform", "torch", "kernel library"):
         assert report[key] == "unknown (OSError: no such thing)"

@@ -58,8 +58,11 @@ def test_import_is_light_and_leaves_no_trace(built: bool, bare: Path) -> None:
     found = json.loads(run(STATE, None if built else bare))
     assert found["same"], "import effops changed the process's state"
     assert not found["cuda"], "import effops initialised CUDA"
-    heavy = (
-        "triton",
+    heavy = (  # not triton itself: torch.utils.flop_counter imports it where it is installed (90 ms)
+        "effops.ops.triton_device",
+        "effops.ops.triton_launch",
+        "effops.ops.dwconv.triton",
+        "effops.ops.dsconv.triton",
         "torch._dynamo",
         "torch._inductor",
         "torchvision",
@@ -70,6 +73,27 @@ def test_import_is_light_and_leaves_no_trace(built: bool, bare: Path) -> None:
     )
     loaded = [m for m in found["modules"] if m.startswith(heavy)]
     assert not loaded, f"import effops loads {loaded}"
+
+
+def test_works_without_triton() -> None:
+    """A stand-in for a platform that has none: the import fails, and the package is not found."""
+    out = run(
+        """
+import importlib.util, sys
+sys.modules["triton"] = None
+found = importlib.util.find_spec
+importlib.util.find_spec = lambda name, *rest: None if name == "triton" else found(name, *rest)
+import torch, effops, effops.functional as EF
+try:
+    EF.depthwise_conv2d(torch.ones(1, 2, 3, 3), torch.ones(2, 1, 3, 3), backend="triton")
+except RuntimeError as error:
+    print(str(error).splitlines()[0])
+print(float(EF.depthwise_conv2d(torch.ones(1, 2, 3, 3), torch.ones(2, 1, 3, 3)).sum()))
+"""
+    )
+    refusal, value = out.splitlines()
+    assert "Triton is not installed (pip install 'triton>=3.6'; Linux only)" in refusal
+    assert value == "18.0"
 
 
 def test_every_public_name_is_there() -> None:
@@ -107,7 +131,7 @@ except RuntimeError as error:
         "reinstall effops with a C++ compiler"
     )
     assert second == "backends, in the order 'auto' tries them:"
-    assert [line.split(":")[0].strip() for line in rest] == ["cpp", "reference"]
+    assert [line.split(":")[0].strip() for line in rest] == ["triton", "cpp", "reference"]
     assert "can run this: pass backend='reference' or 'auto'" in rest[1]
 
 
@@ -160,7 +184,7 @@ with effops.use_backend("reference"):
         EFFOPS_BACKEND="fastest",
     )
     assert out == (
-        "environment variable EFFOPS_BACKEND: unknown backend 'fastest'; accepted: 'auto', 'cpp', 'reference'"
+        "environment variable EFFOPS_BACKEND: unknown backend 'fastest'; accepted: 'auto', 'triton', 'cpp', 'reference'"
     )
 
 

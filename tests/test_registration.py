@@ -72,7 +72,7 @@ def operator_calls(memory_format: torch.memory_format, dtype: torch.dtype) -> It
     yield ops.dwconv_fwd.default, dw
     yield ops.dwconv_bwd.default, (rand(2, 12, 4, 3, dtype=dtype), None, *dw, 0b111111)
     yield ops.dwconv_bwd.default, (rand(2, 12, 4, 3, dtype=dtype), None, *dw, 0b010010)
-    statistics = (*dw[:3], [*dw[6][:10], 0, 0])
+    statistics = (*dw[:3], [*dw[6][:10], 0, 0, 0])
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     yield ops.dwconv_stats.default, statistics
     yield (

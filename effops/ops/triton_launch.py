@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -13,9 +12,8 @@ from torch import Tensor
 
 from effops.ops import geometry as G
 from effops.ops.dwconv import banks
+from effops.ops.registration import INTERPRETING as INTERPRETED
 from effops.ops.triton_device import Affine, Chain, Map, Sizes, Window
-
-INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 _ACCESS_BYTES = 16  # the widest load of a thread
 _MAX_INT = 2**31 - 1

@@ -7,22 +7,18 @@ from torch.utils.flop_counter import register_flop_formula
 
 from effops.ops import geometry as G
 from effops.ops.dsconv import reference
-from effops.ops.dwconv import (
-    Kernels,
-    depthwise_flops,
-    fake_gradients,
-    fake_output,
-    kernel_gradients,
-    kernels_of,
-    register_fake,
-)
+from effops.ops.dwconv import depthwise_flops, kernel_gradients
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
+from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, register_fake, triton_kernels
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
-KERNELS = {"cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default)}
+KERNELS = {
+    "triton": triton_kernels("dsconv", "dsconv_fwd", "dsconv_bwd"),
+    "cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default),
+}
 
 # Positions among the 12 tensors of the operator.
 _PASSTHROUGH, _DW_RESIDUAL, _RESIDUAL = 1, 6, 11
@@ -51,7 +47,7 @@ def _dsconv_bwd(
     return fake_gradients(tensors, _IMAGES, geometry, mask)
 
 
-@register_flop_formula(_ops.dsconv_fwd)
+@register_flop_formula([_ops.dsconv_fwd, _ops.dsconv_fwd_triton])
 def _dsconv_fwd_flops(
     input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, scale, shift, residual, geometry, slopes, out_shape=None,
@@ -80,7 +76,7 @@ class DSConv2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 16 ints of `effops/schemas.inc`.
         slopes: [depthwise slope, pointwise slope].
-        backend: name of the backend whose kernels run, forward and backward ("cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cpp").
 
     Returns:
         [N,keep+K,P,Q].

@@ -6,91 +6,33 @@ with kernel `weight[o mod B]`, weight [B,1,R,S].
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from effops import _library
 from effops.ops import geometry as G
 from effops.ops.dwconv import reference
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
+from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, register_fake, triton_kernels
 
 _ops = torch.ops.effops
 
 
-class Kernels(NamedTuple):
-    """The operators that one backend brings for one autograd.Function."""
-
-    forward: Callable
-    backward: Callable
-
-
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
-KERNELS = {"cpp": Kernels(_ops.dwconv_fwd.default, _ops.dwconv_bwd.default)}
-STATS_KERNELS = {"cpp": Kernels(_ops.dwconv_stats.default, _ops.dwconv_stats_bwd.default)}
-
-
-def kernels_of(table: dict[str, Kernels], backend: str, function: str) -> Kernels:
-    """The backend's kernels.
-
-    Raises:
-        ValueError: the backend has none (the reference runs in plain torch ops, outside any Function).
-    """
-    if backend not in table:
-        accepted = ", ".join(map(repr, table))
-        raise ValueError(f"{function}: no kernels of a backend {backend!r}; accepted: {accepted}")
-    return table[backend]
+KERNELS = {
+    "triton": triton_kernels("dwconv", "dwconv_fwd", "dwconv_bwd"),
+    "cpp": Kernels(_ops.dwconv_fwd.default, _ops.dwconv_bwd.default),
+}
+STATS_KERNELS = {
+    "triton": triton_kernels("dwconv", "dwconv_stats", "dwconv_stats_bwd"),
+    "cpp": Kernels(_ops.dwconv_stats.default, _ops.dwconv_stats_bwd.default),
+}
 
 
 # ---- fakes ----------------------------------------------------------------------------------------------------------
-
-
-def register_fake(name: str) -> Callable:
-    """Registers the fake of operator `name`, which runs only where all tensors are on one device.
-
-    A meta tensor among real ones makes the dispatcher take the fake; without the check it would answer with
-    uninitialised memory.
-    """
-
-    def register(fake: Callable) -> Callable:
-        @functools.wraps(fake)
-        def checked(*args):
-            devices = {arg.device for arg in args if isinstance(arg, Tensor)}
-            if len(devices) > 1:
-                found = ", ".join(sorted(map(str, devices)))
-                raise RuntimeError(f"effops::{name}: all tensors must be on one device, got {found}")
-            return fake(*args)
-
-        torch.library.register_fake(f"effops::{name}", checked, lib=_library.lib)
-        return fake
-
-    return register
-
-
-def fake_output(input: Tensor, shape: Sequence[int], geometry: list[int]) -> Tensor:
-    """An empty tensor as the kernels allocate it: the input's dtype and device, the geometry's memory format."""
-    return torch.empty(
-        shape, dtype=input.dtype, device=input.device, memory_format=G.memory_format(geometry[G.CHANNELS_LAST])
-    )
-
-
-def fake_gradients(tensors: Sequence[Tensor | None], images: int, geometry: list[int], mask: int) -> list[Tensor]:
-    """Empty gradients of the tensors in `mask`; the ones at the bits of `images` are laid out by the geometry."""
-    gradients = []
-    for bit, tensor in enumerate(tensors):
-        if mask >> bit & 1:
-            if tensor is None:
-                raise RuntimeError(f"the gradient mask {mask:#x} asks for tensor {bit}, which is absent")
-            if images >> bit & 1:
-                gradients.append(fake_output(tensor, tensor.shape, geometry))
-            else:
-                gradients.append(torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device))
-    return gradients
 
 
 @register_fake("dwconv_fwd")
@@ -129,12 +71,12 @@ def depthwise_flops(input: Sequence[int], weight: Sequence[int], geometry: list[
     return 2 * n * c * geometry[G.MULTIPLIER] * p * q * r * s
 
 
-@register_flop_formula(_ops.dwconv_fwd)
+@register_flop_formula([_ops.dwconv_fwd, _ops.dwconv_fwd_triton])
 def _dwconv_fwd_flops(input, weight, bias, scale, shift, residual, geometry, slope, out_shape=None):
     return depthwise_flops(input, weight, geometry)
 
 
-@register_flop_formula(_ops.dwconv_stats)
+@register_flop_formula([_ops.dwconv_stats, _ops.dwconv_stats_triton])
 def _dwconv_stats_flops(input, weight, bias, geometry, out_shape=None):
     return depthwise_flops(input, weight, geometry)
 
@@ -155,7 +97,7 @@ class DepthwiseConv2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 13 ints of `effops/schemas.inc`.
         slope: negative slope of leaky_relu.
-        backend: name of the backend whose kernels run, forward and backward ("cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cpp").
 
     Returns:
         [N,K,P,Q].

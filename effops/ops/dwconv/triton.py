@@ -18,7 +18,7 @@ from torch import Tensor
 
 from effops.ops import geometry as G
 from effops.ops import triton_launch as L
-from effops.ops.dwconv import fake_output
+from effops.ops.registration import fake_output
 from effops.ops.triton_device import (
     Chain,
     block_of,
