@@ -27,6 +27,7 @@ from effops.ops.higher_order import transformed
 from effops.ops.registration import INTERPRETING
 
 ENV_VARIABLE = "EFFOPS_BACKEND"
+INTERPRETED_BFLOAT16_PRODUCT = "Triton's interpreter multiplies bfloat16 matrices wrongly"
 _TRANSFORMED = "functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops"
 
 
@@ -136,7 +137,7 @@ class _Triton(Backend):
         if x.dtype not in self.dtypes:
             reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
         elif INTERPRETING and x.dtype is torch.bfloat16 and call.op == "dsconv":
-            reasons.append("Triton's interpreter multiplies bfloat16 matrices wrongly")
+            reasons.append(INTERPRETED_BFLOAT16_PRODUCT)
         if transformed():
             reasons.append(_TRANSFORMED)
         return reasons

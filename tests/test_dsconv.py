@@ -52,11 +52,21 @@ def test_gradients_bfloat16(case: DsCase, backend: str) -> None:
     check_gradients(case, torch.bfloat16, backend)
 
 
+@pytest.mark.parametrize("case", DS_CASES, ids=ids(DS_CASES))
+def test_forward_float16(case: DsCase, float16_backend: str) -> None:
+    check_forward(case, torch.float16, float16_backend)
+
+
+@pytest.mark.parametrize("case", SMOOTH_CASES, ids=ids(SMOOTH_CASES))
+def test_gradients_float16(case: DsCase, float16_backend: str) -> None:
+    check_gradients(case, torch.float16, float16_backend)
+
+
 @pytest.mark.parametrize("case", ACTIVATION_CASES, ids=ids(ACTIVATION_CASES))
 def test_activations(case: DsCase, backend: str) -> None:
     check_forward(case, torch.float32, backend)
-    check_forward(case, torch.bfloat16, backend)
     check_gradients(case, torch.float32, backend)
+    check_forward(case, torch.bfloat16, backend)
 
 
 @pytest.mark.parametrize("keep", (0, 16))

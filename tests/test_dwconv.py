@@ -60,11 +60,21 @@ def test_gradients_bfloat16(case: DwCase, backend: str) -> None:
     check_gradients(case, torch.bfloat16, backend)
 
 
+@pytest.mark.parametrize("case", DW_CASES, ids=ids(DW_CASES))
+def test_forward_float16(case: DwCase, float16_backend: str) -> None:
+    check_forward(case, torch.float16, float16_backend)
+
+
+@pytest.mark.parametrize("case", [c for c in DW_CASES if smooth(c)], ids=ids([c for c in DW_CASES if smooth(c)]))
+def test_gradients_float16(case: DwCase, float16_backend: str) -> None:
+    check_gradients(case, torch.float16, float16_backend)
+
+
 @pytest.mark.parametrize("case", ACTIVATION_CASES, ids=ids(ACTIVATION_CASES))
 def test_activations(case: DwCase, backend: str) -> None:
     check_forward(case, torch.float32, backend)
-    check_forward(case, torch.bfloat16, backend)
     check_gradients(case, torch.float32, backend)
+    check_forward(case, torch.bfloat16, backend)
 
 
 EVERYTHING = DwCase(

@@ -448,16 +448,16 @@ def test_functions_are_documented_public_api() -> None:
 def test_functions_give_what_the_functional_layer_gives(cpp: str) -> None:
     x, w, b = leaves(2)
     pw = rand(8, 8, 1, 1)
-    g = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0]
+    g = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 1, 0, 0]
     found = effops.autograd.DepthwiseConv2dFunction.apply(x, w, b, None, None, None, g, 0.0)
     assert torch.equal(found, EF.depthwise_conv2d(x, w, b, padding=1, activation="relu", backend=cpp))
     tensors = (x, None, w, b, None, None, None, pw, None, None, None, x)
-    found = effops.autograd.DSConv2dFunction.apply(*tensors, [*g, 0, 4, 0], [0.0, 0.0], cpp)
+    found = effops.autograd.DSConv2dFunction.apply(*tensors, [*g[:12], 0, 4, 0, 0], [0.0, 0.0], cpp)
     expected = EF.ds_conv2d(
         x, w, pw, b, padding=1, dw_activation="relu", residual=x, post_activation="silu", backend=cpp
     )
     assert torch.equal(found, expected)
-    mean, var = effops.autograd.DepthwiseStatsFunction.apply(x, w, b, [*g[:10], 0, 0])
+    mean, var = effops.autograd.DepthwiseStatsFunction.apply(x, w, b, [*g[:10], 0, 0, 0])
     assert torch.equal(mean, EF.depthwise_stats2d(x, w, b, padding=1, backend=cpp)[0])
     torch.autograd.backward((mean, var), (torch.ones(8), torch.ones(8)))
     assert x.grad is not None and w.grad is not None and b.grad is not None
