@@ -20,9 +20,9 @@ from benchmarks import gate, timing
 
 CHANNELS, OUT, SIZE = 8, 8, 4
 _RELU = 1
-# stride, pads, dilation, multiplier, channels_last, activation, post_activation (schemas.inc)
-_DW_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, _RELU, 0]
-_DS_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, _RELU, 0, 0]
+# stride, pads, dilation, multiplier, channels_last, activation, post_activation, ..., bank (schemas.inc)
+_DW_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, _RELU, 0, 0]
+_DS_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, _RELU, 0, 0, 0]
 _SLOPES = [0.01, 0.01]
 
 
