@@ -51,12 +51,10 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _distinct(tensors: tuple) -> tuple:
-    """The tensors; when compiling with an alias for one that comes twice (a block's input as its residual).
+    """The tensors, with an alias for one that comes twice (a block's input as its residual).
 
     Dynamo does not trace an autograd.Function that is given one tensor in two places.
     """
-    if not is_compiling():
-        return tensors
     found: list[Tensor | None] = []
     for t in tensors:
         repeated = t is not None and any(t is other for other in found)
@@ -98,7 +96,9 @@ def _depthwise(
         return _dwconv_reference(input, weight, geometry, epilogue)
     tensors = (input, weight, bias, scale, shift, residual)
     if torch.is_grad_enabled() and _needs_grad(tensors):
-        return _dwconv.DepthwiseConv2dFunction.apply(*_distinct(tensors), geometry, slope, taken)
+        if is_compiling():
+            tensors = _distinct(tensors)
+        return _dwconv.DepthwiseConv2dFunction.apply(*tensors, geometry, slope, taken)
     return _dwconv.KERNELS[taken].forward(*tensors, geometry, slope)
 
 
@@ -363,7 +363,9 @@ def _separable(
         pw_weight, pw_bias, scale, shift, residual,
     )  # fmt: skip
     if torch.is_grad_enabled() and _needs_grad(tensors):
-        return _dsconv.DSConv2dFunction.apply(*_distinct(tensors), geometry, [dw_slope, slope], taken)
+        if is_compiling():
+            tensors = _distinct(tensors)
+        return _dsconv.DSConv2dFunction.apply(*tensors, geometry, [dw_slope, slope], taken)
     return _dsconv.KERNELS[taken].forward(*tensors, geometry, [dw_slope, slope])
 
 
