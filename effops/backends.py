@@ -201,6 +201,12 @@ def _check_name(name: object, where: str) -> None:
         raise ValueError(f"{where}: unknown backend {name!r}; accepted: {', '.join(map(repr, names()))}")
 
 
+def allows(name: str, backend: str) -> bool:
+    """Whether a call with this `backend` argument may run on the backend `name`: by that name, or under "auto"."""
+    wanted = _selected if backend == "auto" else backend
+    return wanted == "auto" or wanted == name
+
+
 def choose(call: Call, backend: str) -> str:
     """The name of the backend that runs the call.
 
