@@ -221,7 +221,7 @@ def choose(call: Call, backend: str) -> str:
     wanted = _selected if backend == "auto" else backend
     if wanted == "auto":
         for candidate in BACKENDS:
-            if not candidate.why_not(call) and candidate.worth_it(call):
+            if candidate.worth_it(call) and not candidate.why_not(call):  # the cost rule is the cheaper question
                 break
     else:
         candidate = _by_name(call, wanted, backend)
