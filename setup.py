@@ -33,6 +33,8 @@ PURE_PYTHON = "set EFFOPS_BUILD=none for pure Python"
 
 COMPILE_FLAGS = [
     *("-std=c++20", "-O3", "-fPIC", "-fvisibility=hidden", "-fvisibility-inlines-hidden", "-Wall", "-Wextra"),
+    # A square root that may set errno is a call, and no loop with a call becomes vector code.
+    "-fno-math-errno",
     # ISO mode (-std=c++20) turns contraction off in GCC; the kernels count on a * b + c becoming one FMA.
     "-ffp-contract=fast",
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",

@@ -20,9 +20,9 @@ from benchmarks import gate, timing
 
 CHANNELS, OUT, SIZE = 8, 8, 4
 _RELU = 1
-# stride, pads, dilation, multiplier, channels_last, activation, post_activation (schemas.inc)
-_DW_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, _RELU, 0]
-_DS_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, _RELU, 0, 0]
+# stride, pads, dilation, multiplier, channels_last, activation, post_activation, ..., bank (schemas.inc)
+_DW_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, _RELU, 0, 0]
+_DS_GEOMETRY = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, _RELU, 0, 0, 0]
 _SLOPES = [0.01, 0.01]
 
 
@@ -107,10 +107,12 @@ def _check(operator: str) -> None:
 
 def measure(quick: bool = False) -> list[dict]:
     """One row for each operator; microseconds."""
-    calls = 20 if quick else 300
+    effort = timing.QUICK if quick else timing.Effort(min_rounds=400)
 
     def time(fn: Callable[[], object]) -> float:
-        return float(timing.measure(fn, timing.QUICK if quick else timing.Effort(), calls=calls)["median_us"])
+        # A sample stays below a millisecond: the scheduler's time slices are a few, and on a busy machine most samples
+        # of several milliseconds would contain another process's.
+        return float(timing.measure(fn, effort, calls=20)["median_us"])
 
     rows = []
     for operator, raw in (("ds_conv2d", _raw_ds), ("depthwise_conv2d", _raw_dw)):

@@ -11,11 +11,12 @@ TypeError: a wrong kind or dtype. ValueError: a wrong value, shape or device.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from effops.ops import geometry as G
 from effops.ops.dwconv import banks
@@ -25,101 +26,100 @@ Ints = int | tuple[int, int]
 Padding = int | tuple[int, int] | tuple[int, int, int, int] | str
 Shape = tuple[int, ...]
 
+Kind = tuple[torch.dtype, torch.device]  # the input's, which the other tensors share; read once a call
+
 FLOATS = frozenset((torch.float32, torch.float64, torch.float16, torch.bfloat16))
 BANK = 0  # `share` of a bank: any number of kernels
 _PAIR = "an int or a pair (height, width) of ints"
 _PADDING = "an int, a pair (height, width), four ints (left, right, top, bottom), 'same' or 'valid'"
 _MAX_NUMEL = 2**63 - 1
+_DENSE = torch.strided  # looking it up in torch takes as long as a comparison
 
 
 # ---- tensors --------------------------------------------------------------------------------------------------------
 
 
-def check_input(op: str, input: Tensor) -> None:
-    """input is a dense 4-D tensor of a real floating dtype."""
-    if isinstance(input, Tensor) and input.dtype in FLOATS and input.layout is torch.strided and input.dim() == 4:
-        return
-    require_image(op, "input", input, "[N,C,H,W]")
+def check_input(op: str, input: Tensor) -> Kind:
+    """input is a dense tensor of a real floating dtype; returns its dtype and device. The plan looks at its shape."""
+    if isinstance(input, Tensor) and input.layout is _DENSE and (dtype := input.dtype) in FLOATS:
+        return dtype, input.device
+    return require_image(op, "input", input, "[N,C,H,W]")
 
 
-def check_like(op: str, name: str, t: Tensor, input: Tensor, what: str) -> None:
-    """t is a dense 4-D tensor of the input's dtype and device."""
-    if (
-        isinstance(t, Tensor)
-        and t.dtype is input.dtype
-        and t.device == input.device
-        and t.layout is torch.strided
-        and t.dim() == 4
-    ):
+def check_like(op: str, name: str, t: Tensor, kind: Kind, what: str) -> None:
+    """t is a dense tensor of the input's dtype and device. The plan looks at its shape."""
+    dtype, device = kind
+    if isinstance(t, Tensor) and t.dtype is dtype and t.device == device and t.layout is _DENSE:
         return
     require_image(op, name, t, what)
-    _require_dtype(op, name, t, input)
-    _require_device(op, name, t, input)
+    _require_kind(op, name, t, kind)
 
 
-def check_vector(op: str, name: str, t: Tensor, channels: int, input: Tensor) -> None:
+def check_vector(op: str, name: str, t: Tensor, channels: int, kind: Kind) -> None:
     """t is a per-channel vector [channels] of the input's dtype or float32."""
+    dtype, device = kind
     if (
         isinstance(t, Tensor)
         and t.shape == (channels,)
-        and (t.dtype is input.dtype or t.dtype is torch.float32)
-        and t.device == input.device
-        and t.layout is torch.strided
+        and (t.dtype is dtype or t.dtype is torch.float32)
+        and t.device == device
+        and t.layout is _DENSE
     ):
         return
     what = f"[{channels}], one value an output channel"
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {what}; got {_described(t)}")
     _require_dense(op, name, t)
-    if t.dtype not in (input.dtype, torch.float32):
-        raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: the input's {input.dtype}, or torch.float32")
-    _require_device(op, name, t, input)
+    if t.dtype not in (dtype, torch.float32):
+        raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: the input's {dtype}, or torch.float32")
+    _require_device(op, name, t, device)
     raise ValueError(f"{op}: {name} must be {what}; got {_shape(t.shape)}")
 
 
-def check_residual(op: str, name: str, t: Tensor, shape: Shape, input: Tensor) -> None:
+def check_residual(op: str, name: str, t: Tensor, shape: Shape, kind: Kind) -> None:
     """t has the convolution's output shape, and the input's dtype and device."""
-    if (
-        isinstance(t, Tensor)
-        and t.shape == shape
-        and t.dtype is input.dtype
-        and t.device == input.device
-        and t.layout is torch.strided
-    ):
+    dtype, device = kind
+    if isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device and t.layout is _DENSE:
         return
     what = f"{_shape(shape)}, the convolution's output shape"
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {what}; got {_described(t)}")
     _require_dense(op, name, t)
-    _require_dtype(op, name, t, input)
-    _require_device(op, name, t, input)
+    _require_kind(op, name, t, kind)
     raise ValueError(f"{op}: {name} must be {what}; got {_shape(t.shape)}")
 
 
-def require_image(op: str, name: str, x: object, what: str) -> None:
-    """Raises unless x is a dense 4-D tensor of a real floating dtype."""
+def require_image(op: str, name: str, x: object, what: str) -> Kind:
+    """The dtype and device of x; raises unless it is a dense 4-D tensor of a real floating dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {what}; got {_described(x)}")
     _require_dense(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {x.dtype}; accepted: float32, float64, float16, bfloat16")
-    if x.dim() != 4:
-        raise ValueError(f"{op}: {name} must have 4 dimensions {what}; got {x.dim()}: {_shape(x.shape)}")
+    _require_rank(op, name, x.shape, what)
+    return x.dtype, x.device
+
+
+def _require_rank(op: str, name: str, shape: Shape, what: str) -> None:
+    if len(shape) != 4:
+        raise ValueError(f"{op}: {name} must have 4 dimensions {what}; got {len(shape)}: {_shape(shape)}")
 
 
 def _require_dense(op: str, name: str, t: Tensor) -> None:
-    if t.layout is not torch.strided:
+    if t.layout is not _DENSE:
         raise TypeError(f"{op}: {name} has layout {t.layout}; accepted: a dense (strided) tensor")
 
 
-def _require_dtype(op: str, name: str, t: Tensor, input: Tensor) -> None:
-    if t.dtype != input.dtype:
-        raise TypeError(f"{op}: {name} has dtype {t.dtype} but input has {input.dtype}; accepted: the input's dtype")
+def _require_kind(op: str, name: str, t: Tensor, kind: Kind) -> None:
+    dtype, device = kind
+    if t.dtype != dtype:
+        raise TypeError(f"{op}: {name} has dtype {t.dtype} but input has {dtype}; accepted: the input's dtype")
+    _require_device(op, name, t, device)
 
 
-def _require_device(op: str, name: str, t: Tensor, input: Tensor) -> None:
-    if t.device != input.device:
-        raise ValueError(f"{op}: {name} is on {t.device} but input is on {input.device}; accepted: one device for all")
+def _require_device(op: str, name: str, t: Tensor, device: torch.device) -> None:
+    if t.device != device:
+        raise ValueError(f"{op}: {name} is on {t.device} but input is on {device}; accepted: one device for all")
 
 
 def _shape(shape: Shape) -> str:
@@ -130,26 +130,33 @@ def _described(value: object) -> str:
     return f"{value!r} ({type(value).__name__})" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
-def as_weight(op: str, name: str, weight: Tensor | str, input: Tensor, share: int) -> tuple[Tensor, int, int]:
+def as_weight(op: str, name: str, weight: Tensor | str, kind: Kind, share: int) -> tuple[Tensor, int, int]:
     """The depthwise weight as [B,1,R,S] of the input's dtype and device; `share`, BANK for a bank; a named bank's code.
 
     A 3-D tensor [B,R,S] or a name is a bank.
     """
-    code = 0
-    if isinstance(weight, Tensor):
-        if weight.dim() == 3:
-            weight, share = weight.unsqueeze(1), BANK
-    elif isinstance(weight, str):
+    dtype, device = kind
+    if (
+        isinstance(weight, Tensor)
+        and weight.dtype is dtype
+        and weight.device == device
+        and weight.layout is _DENSE
+        and weight.dim() == 4
+    ):
+        return weight, share, 0
+    if isinstance(weight, str):
         code = banks.CODES.get(weight, 0)
         try:
-            weight, share = banks.bank(weight, dtype=input.dtype, device=input.device), BANK
+            return banks.bank(weight, dtype=dtype, device=device), BANK, code
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
-    else:
+    if not isinstance(weight, Tensor):
         what = "a tensor [K,1,R,S], a bank [B,R,S] or a bank's name"
         raise TypeError(f"{op}: {name} must be {what}; got {_described(weight)}")
-    check_like(op, name, weight, input, "[K,1,R,S]")
-    return weight, share, code
+    if weight.dim() == 3:
+        weight, share = weight.unsqueeze(1), BANK
+    check_like(op, name, weight, kind, "[K,1,R,S]")
+    return weight, share, 0
 
 
 # ---- settings -------------------------------------------------------------------------------------------------------
@@ -176,12 +183,6 @@ def check_int(op: str, name: str, value: int, least: int) -> int:
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}; got {value}")
     return value
-
-
-def check_activation(op: str, name: str, value: str) -> None:
-    """The activation is a string: hashable, and no key of a cache but itself."""
-    if type(value) is not str:
-        raise TypeError(f"{op}: {name} must be a string; got {_described(value)}; accepted: {', '.join(ACTIVATIONS)}")
 
 
 def as_window(op: str, stride: Ints, padding: Padding, dilation: Ints) -> tuple[Any, Any, Any]:
@@ -227,7 +228,7 @@ def depthwise_plan(
     stride: Ints,
     padding: Padding,
     dilation: Ints,
-    channels_last: bool,
+    strides: Shape,
     activation: str,
     post_activation: str,
 ) -> DepthwisePlan:
@@ -241,12 +242,15 @@ def depthwise_plan(
         bank: code of a named bank, or 0.
         multiplier: of a bank, which does not tell it.
         stride, padding, dilation: as `as_window` returns them.
-        channels_last: the output's memory format.
-        activation, post_activation: strings.
+        strides: the input's, which tell the output's memory format.
+        activation, post_activation: names.
 
     Raises:
+        TypeError: an activation that is no string.
         ValueError: what does not fit.
     """
+    _require_rank(op, "input", input, "[N,C,H,W]")
+    _require_rank(op, name, weight, "[K,1,R,S]")
     for argument, shape in (("input", input), (name, weight)):
         if 0 in shape[1:] or (argument != "input" and shape[0] == 0):
             which = "only the batch may be 0" if argument == "input" else "none may be 0"
@@ -268,7 +272,7 @@ def depthwise_plan(
     shape = (n, c * multiplier, *window.output_size(h, w))
     _require_countable(op, shape)
     codes = (_code(op, "activation", activation), _code(op, "post_activation", post_activation))
-    return DepthwisePlan([*window.ints, multiplier, int(channels_last), *codes, bank], shape)
+    return DepthwisePlan([*window.ints, multiplier, int(G.orders_channels_last(input, strides)), *codes, bank], shape)
 
 
 def separable_plan(
@@ -283,7 +287,7 @@ def separable_plan(
     stride: Ints,
     padding: Padding,
     dilation: Ints,
-    channels_last: bool,
+    strides: Shape,
     dw_activation: str,
     dw_post_activation: str,
     activation: str,
@@ -292,8 +296,13 @@ def separable_plan(
     """Checks a depthwise separable convolution's shapes and settings; arguments as `depthwise_plan`.
 
     Raises:
+        TypeError: an activation that is no string.
         ValueError: what does not fit.
     """
+    _require_rank(op, "input", input, "[N,C,H,W]")
+    _require_rank(op, "pw_weight", pw_weight, "[K,C,1,1]")
+    if passthrough is not None:
+        _require_rank(op, "passthrough", passthrough, "[N,C,P,Q]")
     k, pw_channels, r, s = pw_weight
     through = passthrough[1] if passthrough is not None else 0
     # A bank serves any number of channels: how many there are, the pointwise weight tells.
@@ -309,7 +318,7 @@ def separable_plan(
         stride,
         padding,
         dilation,
-        channels_last,
+        strides,
         "none",
         "none",
     )
@@ -338,31 +347,31 @@ def separable_plan(
     return SeparablePlan([*dw_geometry[:10], *codes, keep, bank], dw_shape, (n, k, p, q))
 
 
-_cached_depthwise_plan = lru_cache(maxsize=4096)(depthwise_plan)
-_cached_separable_plan = lru_cache(maxsize=4096)(separable_plan)
+def _cached(plan: Callable[..., Any]) -> Callable[..., Any]:
+    """The plan, from a cache where the arguments have a hash (symbolic sizes have none; Dynamo warns of a cache)."""
+    cached = lru_cache(maxsize=4096)(plan)
+
+    @wraps(plan)
+    def look_up(*arguments: Any) -> Any:
+        if is_compiling():
+            return plan(*arguments)
+        try:
+            return cached(*arguments)
+        except TypeError:
+            return plan(*arguments)
+
+    return look_up
 
 
-def planned(plan: Callable, cached: Callable, arguments: tuple) -> Any:
-    """The plan, from the cache where the arguments have a hash (symbolic sizes have none; Dynamo warns of a cache)."""
-    if torch.compiler.is_compiling():
-        return plan(*arguments)
-    try:
-        return cached(*arguments)
-    except TypeError:
-        return plan(*arguments)
-
-
-def plan_depthwise(*arguments: Any) -> DepthwisePlan:
-    """`depthwise_plan`, cached."""
-    return planned(depthwise_plan, _cached_depthwise_plan, arguments)
-
-
-def plan_separable(*arguments: Any) -> SeparablePlan:
-    """`separable_plan`, cached."""
-    return planned(separable_plan, _cached_separable_plan, arguments)
+plan_depthwise = _cached(depthwise_plan)
+plan_separable = _cached(separable_plan)
 
 
 def _code(op: str, name: str, activation: str) -> int:
+    if not isinstance(activation, str):
+        raise TypeError(
+            f"{op}: {name} must be a string; got {_described(activation)}; accepted: {', '.join(ACTIVATIONS)}"
+        )
     code = ACTIVATION_CODES.get(activation)
     if code is None:
         raise ValueError(f"{op}: unknown {name} {activation!r}; accepted: {', '.join(ACTIVATIONS)}")
@@ -388,7 +397,7 @@ def _window_too_large(op: str, size: tuple[int, int], kernel: tuple[int, int], w
 
 def _require_countable(op: str, shape: Shape) -> None:
     """The output's strides and size fit into int64. Symbolic sizes are left alone: a guard on them would bind them."""
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return
     n, k, p, q = shape
     if (n or 1) * k * p * q > _MAX_NUMEL:

@@ -50,8 +50,9 @@ else:
     lib = torch.library.Library("effops", "DEF")
     for _schema in schemas():
         lib.define(_schema)
-for _schema in schemas():  # the Triton twins are Python's alone: see effops/ops/registration.py
-    lib.define(_schema.replace("(", "_triton(", 1))
+for _schema in schemas():
+    if "int[] geometry" in _schema:  # convolutions have Triton twins, Python's alone: see effops/ops/registration.py
+        lib.define(_schema.replace("(", "_triton(", 1))
 
 
 def build_info() -> dict[str, Any]:

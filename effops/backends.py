@@ -202,6 +202,12 @@ def _check_name(name: object, where: str) -> None:
         raise ValueError(f"{where}: unknown backend {name!r}; accepted: {', '.join(map(repr, names()))}")
 
 
+def allows(name: str, backend: str) -> bool:
+    """Whether a call with this `backend` argument may run on the backend `name`: by that name, or under "auto"."""
+    wanted = _selected if backend == "auto" else backend
+    return wanted == "auto" or wanted == name
+
+
 def choose(call: Call, backend: str) -> str:
     """The name of the backend that runs the call.
 
@@ -216,7 +222,7 @@ def choose(call: Call, backend: str) -> str:
     wanted = _selected if backend == "auto" else backend
     if wanted == "auto":
         for candidate in BACKENDS:
-            if not candidate.why_not(call) and candidate.worth_it(call):
+            if candidate.worth_it(call) and not candidate.why_not(call):  # the cost rule is the cheaper question
                 break
     else:
         candidate = _by_name(call, wanted, backend)

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from effops import _checks as check
 from effops import backends
@@ -30,7 +31,6 @@ from effops.ops.dsconv.reference import dsconv as _dsconv_reference
 from effops.ops.dwconv.reference import dwconv as _dwconv_reference
 from effops.ops.dwconv.reference import dwconv_stats as _dwconv_stats_reference
 from effops.ops.epilogue import Epilogue
-from effops.ops.geometry import is_channels_last
 
 __all__ = [
     "depthwise_conv2d",
@@ -51,12 +51,10 @@ def _needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _distinct(tensors: tuple) -> tuple:
-    """The tensors; when compiling with an alias for one that comes twice (a block's input as its residual).
+    """The tensors, with an alias for one that comes twice (a block's input as its residual).
 
     Dynamo does not trace an autograd.Function that is given one tensor in two places.
     """
-    if not torch.compiler.is_compiling():
-        return tensors
     found: list[Tensor | None] = []
     for t in tensors:
         repeated = t is not None and any(t is other for other in found)
@@ -75,23 +73,21 @@ def _depthwise(
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
         input, weight, bias, residual = [check.cast(t, dtype) for t in (input, weight, bias, residual)]
         scale, shift = check.cast_affine(scale, dtype), check.cast_affine(shift, dtype)
-    check.check_input(op, input)
-    weight, share, bank = check.as_weight(op, "weight", weight, input, share)
+    kind = check.check_input(op, input)
+    weight, share, bank = check.as_weight(op, "weight", weight, kind, share)
     stride, padding, dilation = check.as_window(op, stride, padding, dilation)
-    check.check_activation(op, "activation", activation)
-    check.check_activation(op, "post_activation", post_activation)
     geometry, shape = check.plan_depthwise(
         op, "weight", input.shape, weight.shape, share, bank, multiplier, stride, padding, dilation,
-        is_channels_last(input), activation, post_activation,
+        input.stride(), activation, post_activation,
     )  # fmt: skip
     if bias is not None:
-        check.check_vector(op, "bias", bias, shape[1], input)
+        check.check_vector(op, "bias", bias, shape[1], kind)
     if scale is not None:
-        check.check_vector(op, "scale", scale, shape[1], input)
+        check.check_vector(op, "scale", scale, shape[1], kind)
     if shift is not None:
-        check.check_vector(op, "shift", shift, shape[1], input)
+        check.check_vector(op, "shift", shift, shape[1], kind)
     if residual is not None:
-        check.check_residual(op, "residual", residual, shape, input)
+        check.check_residual(op, "residual", residual, shape, kind)
     slope = check.check_slope(op, "negative_slope", negative_slope)
 
     taken = backends.choose(backends.Call("dwconv", op, input, weight, None, geometry, shape), backend)
@@ -100,7 +96,9 @@ def _depthwise(
         return _dwconv_reference(input, weight, geometry, epilogue)
     tensors = (input, weight, bias, scale, shift, residual)
     if torch.is_grad_enabled() and _needs_grad(tensors):
-        return _dwconv.DepthwiseConv2dFunction.apply(*_distinct(tensors), geometry, slope, taken)
+        if is_compiling():
+            tensors = _distinct(tensors)
+        return _dwconv.DepthwiseConv2dFunction.apply(*tensors, geometry, slope, taken)
     return _dwconv.KERNELS[taken].forward(*tensors, geometry, slope)
 
 
@@ -282,15 +280,15 @@ def depthwise_stats2d(
     op = "depthwise_stats2d"
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
         input, weight, bias = [check.cast(t, dtype) for t in (input, weight, bias)]
-    check.check_input(op, input)
-    weight, share, bank = check.as_weight(op, "weight", weight, input, check.check_int(op, "share", share, 1))
+    kind = check.check_input(op, input)
+    weight, share, bank = check.as_weight(op, "weight", weight, kind, check.check_int(op, "share", share, 1))
     stride, padding, dilation = check.as_window(op, stride, padding, dilation)
     geometry, shape = check.plan_depthwise(
         op, "weight", input.shape, weight.shape, share, bank, 1, stride, padding, dilation,
-        is_channels_last(input), "none", "none",
+        input.stride(), "none", "none",
     )  # fmt: skip
     if bias is not None:
-        check.check_vector(op, "bias", bias, shape[1], input)
+        check.check_vector(op, "bias", bias, shape[1], kind)
 
     taken = backends.choose(backends.Call("dwconv_stats", op, input, weight, None, geometry, shape), backend)
     if taken == "reference":
@@ -317,39 +315,35 @@ def _separable(
         dw_weight, dw_bias, pw_weight, pw_bias = [check.cast(t, dtype) for t in weights]
         dw_scale, dw_shift = check.cast_affine(dw_scale, dtype), check.cast_affine(dw_shift, dtype)
         scale, shift = check.cast_affine(scale, dtype), check.cast_affine(shift, dtype)
-    check.check_input(op, input)
+    kind = check.check_input(op, input)
     dw_share = check.check_int(op, "dw_share", dw_share, 1)
-    dw_weight, dw_share, bank = check.as_weight(op, "dw_weight", dw_weight, input, dw_share)
-    check.check_like(op, "pw_weight", pw_weight, input, "[K,C,1,1]")
+    dw_weight, dw_share, bank = check.as_weight(op, "dw_weight", dw_weight, kind, dw_share)
+    check.check_like(op, "pw_weight", pw_weight, kind, "[K,C,1,1]")
     if passthrough is not None:
-        check.check_like(op, "passthrough", passthrough, input, "[N,C,P,Q]")
+        check.check_like(op, "passthrough", passthrough, kind, "[N,C,P,Q]")
     stride, padding, dilation = check.as_window(op, stride, padding, dilation)
     keep = check.check_int(op, "keep", keep, 0)
-    check.check_activation(op, "dw_activation", dw_activation)
-    check.check_activation(op, "dw_post_activation", dw_post_activation)
-    check.check_activation(op, "activation", activation)
-    check.check_activation(op, "post_activation", post_activation)
     geometry, dw_shape, pw_shape = check.plan_separable(
         op, input.shape, None if passthrough is None else passthrough.shape, dw_weight.shape, pw_weight.shape,
-        dw_share, bank, keep, stride, padding, dilation, is_channels_last(input),
+        dw_share, bank, keep, stride, padding, dilation, input.stride(),
         dw_activation, dw_post_activation, activation, post_activation,
     )  # fmt: skip
     if dw_bias is not None:
-        check.check_vector(op, "dw_bias", dw_bias, dw_shape[1], input)
+        check.check_vector(op, "dw_bias", dw_bias, dw_shape[1], kind)
     if dw_scale is not None:
-        check.check_vector(op, "dw_scale", dw_scale, dw_shape[1], input)
+        check.check_vector(op, "dw_scale", dw_scale, dw_shape[1], kind)
     if dw_shift is not None:
-        check.check_vector(op, "dw_shift", dw_shift, dw_shape[1], input)
+        check.check_vector(op, "dw_shift", dw_shift, dw_shape[1], kind)
     if dw_residual is not None:
-        check.check_residual(op, "dw_residual", dw_residual, dw_shape, input)
+        check.check_residual(op, "dw_residual", dw_residual, dw_shape, kind)
     if pw_bias is not None:
-        check.check_vector(op, "pw_bias", pw_bias, pw_shape[1], input)
+        check.check_vector(op, "pw_bias", pw_bias, pw_shape[1], kind)
     if scale is not None:
-        check.check_vector(op, "scale", scale, pw_shape[1], input)
+        check.check_vector(op, "scale", scale, pw_shape[1], kind)
     if shift is not None:
-        check.check_vector(op, "shift", shift, pw_shape[1], input)
+        check.check_vector(op, "shift", shift, pw_shape[1], kind)
     if residual is not None:
-        check.check_residual(op, "residual", residual, pw_shape, input)
+        check.check_residual(op, "residual", residual, pw_shape, kind)
     dw_slope = check.check_slope(op, "dw_negative_slope", dw_negative_slope)
     slope = check.check_slope(op, "negative_slope", negative_slope)
 
@@ -369,7 +363,9 @@ def _separable(
         pw_weight, pw_bias, scale, shift, residual,
     )  # fmt: skip
     if torch.is_grad_enabled() and _needs_grad(tensors):
-        return _dsconv.DSConv2dFunction.apply(*_distinct(tensors), geometry, [dw_slope, slope], taken)
+        if is_compiling():
+            tensors = _distinct(tensors)
+        return _dsconv.DSConv2dFunction.apply(*tensors, geometry, [dw_slope, slope], taken)
     return _dsconv.KERNELS[taken].forward(*tensors, geometry, [dw_slope, slope])
 
 

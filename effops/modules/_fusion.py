@@ -151,10 +151,10 @@ def run_stages(output: Tensor, stages: Iterable[Stage]) -> Tensor:
     return output
 
 
-def norm_stage(norm: nn.Module) -> Stage:
+def norm_stage(norm: nn.Module, backend: str) -> Stage:
     """A norm stage that is fused where the norm is a plain BatchNorm2d on running statistics."""
     fuses = type(norm) is nn.BatchNorm2d and not tampered(norm)
-    return Stage("norm", norm, running_affine(norm) if fuses else None)
+    return Stage("norm", norm, running_affine(norm, backend) if fuses else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

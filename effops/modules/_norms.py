@@ -7,6 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from effops import backends
+from effops.ops import batch_norm
+
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 Affine = tuple[Tensor, Tensor]
@@ -18,23 +21,28 @@ def takes_batch_statistics(norm: nn.Module) -> bool:
 
 
 def affine_of(norm: nn.BatchNorm2d, mean: Tensor, var: Tensor) -> Affine:
-    """(scale, shift) such that norm(x) = x * scale + shift; at least float32."""
-    if mean.dtype in HALF_TYPES:
-        mean, var = mean.float(), var.float()
-    weight, bias = norm.weight, norm.bias
-    scale = (var + norm.eps).rsqrt_()
-    if weight is not None:
-        scale = (weight if weight.dtype == mean.dtype else weight.to(mean.dtype)) * scale
-    if bias is None:
-        return scale, -mean * scale
-    return scale, torch.addcmul(bias if bias.dtype == mean.dtype else bias.to(mean.dtype), mean, scale, value=-1)
+    """(scale, shift) such that norm(x) = x * scale + shift; at least float32; differentiable."""
+    return batch_norm.reference(norm.weight, norm.bias, mean, var, norm.eps)
 
 
-def running_affine(norm: nn.BatchNorm2d) -> Affine | None:
+def running_affine(norm: nn.BatchNorm2d, backend: str) -> Affine | None:
     """The affine form on the running statistics; None where the norm takes those of the batch."""
-    if norm.training or (mean := norm.running_mean) is None:
+    if norm.training:
         return None
-    return affine_of(norm, mean, norm.running_var)
+    weight, bias, mean, var = _tensors_of(norm)
+    if mean is None:
+        return None
+    fold = batch_norm.affine if backends.allows("cpp", backend) else batch_norm.reference
+    return fold(weight, bias, mean, var, norm.eps)
+
+
+def _tensors_of(norm: nn.BatchNorm2d) -> tuple[Tensor | None, ...]:
+    """weight, bias, running_mean, running_var; each would take half a microsecond as an attribute."""
+    parameters, buffers = norm._parameters, norm._buffers
+    try:
+        return parameters["weight"], parameters["bias"], buffers["running_mean"], buffers["running_var"]
+    except KeyError:  # one was replaced by a plain attribute
+        return norm.weight, norm.bias, norm.running_mean, norm.running_var
 
 
 def check_batch_size(values_per_channel: int, shape: Sequence[int]) -> None:

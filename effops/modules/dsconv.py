@@ -310,7 +310,7 @@ class FusedDSConv(FusedBlock):
 
     def _tail_stages(self, residual: Tensor | None) -> list[Stage]:
         parts = self._modules
-        norm, act = norm_stage(parts["norm"]), Stage("act", parts["act"])
+        norm, act = norm_stage(parts["norm"], self.backend), Stage("act", parts["act"])
         stages = [norm, act] if self.norm_first else [act, norm]
         if residual is not None:
             stages.append(Stage("residual", residual))
@@ -323,7 +323,7 @@ class FusedDSConv(FusedBlock):
         dw, dw_norm = parts["dw"], parts["dw_norm"]
         input, padding = pad_for(dw, input)
         operands = (input, kernels_of(dw), dw.bias, dw.stride, self.uneven_padding or padding, dw.dilation)
-        norm, act = norm_stage(dw_norm), Stage("act", parts["dw_act"])
+        norm, act = norm_stage(dw_norm, self.backend), Stage("act", parts["dw_act"])
         if norm.affine is None and takes_batch_statistics(dw_norm):
             # The statistics of an activated result need that result: it is stored.
             ahead = {} if self.norm_first else fill_epilogue([act])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ def as_ints(name: str, value: object, lengths: tuple[int, ...], words: str) -> i
         for element in value:
             if type(element) is not int:
                 return tuple([_as_int(name, element, value, words) for element in value])
-        return tuple(value)
+        return value if type(value) is tuple else tuple(value)
     return _as_int(name, value, value, words)
 
 
@@ -138,10 +139,15 @@ def is_channels_last(x: Tensor) -> bool:
     unlike it False for an NCHW tensor with C = 1 or H = W = 1, where both formats describe the same memory. It is the
     rule by which `F.conv2d` lays out its output.
     """
-    stride_n, stride_c, stride_h, stride_w = x.stride()
+    return orders_channels_last(x.shape, x.stride())
+
+
+def orders_channels_last(shape: Sequence[int], strides: Sequence[int]) -> bool:
+    """`is_channels_last` of a tensor of these sizes and strides."""
+    stride_n, stride_c, stride_h, stride_w = strides
     if stride_w < stride_c:  # the usual NCHW case leaves here
         return False
-    n, c, h, w = x.shape
+    n, c, h, w = shape
     if n == 0 or c == 0 or h == 0 or w == 0 or stride_c == 0:
         return False
     least = stride_c * c

@@ -7,6 +7,7 @@ with kernel `weight[o mod B]`, weight [B,1,R,S].
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import compress
 
 import torch
 from torch import Tensor
@@ -148,14 +149,14 @@ def _reference(geometry, slope):
     return run
 
 
+_BITS = tuple(1 << bit for bit in range(12))  # of the masks: no operator takes more tensors
+
+
 def kernel_gradients(
     kernel: Callable, head: tuple, tensors: tuple, statics: tuple, needs: Sequence[bool]
 ) -> list[Tensor | None]:
     """Calls a *_bwd operator with the mask of `needs` and puts the gradients it returns into their places."""
-    mask = 0
-    for bit, need in enumerate(needs):
-        if need:
-            mask |= 1 << bit
+    mask = sum(compress(_BITS, needs))
     if not mask:
         return [None] * len(needs)
     found = iter(kernel(*head, *tensors, *statics, mask))
