@@ -52,3 +52,11 @@ def build(side: str, task) -> Contestant:
     if side.startswith(OWN):
         return Contestant(task.effops(side.removeprefix(OWN)), ("calls", "graph"))
     raise ValueError(f"no contestant {side!r}; there are {', '.join(RIVALS)} and {OWN}BACKEND")
+
+
+def unable(error: BaseException) -> str | None:
+    """Why a backend asked for by name declined the call, from effops' refusal; None for any other error."""
+    text = str(error)
+    if isinstance(error, RuntimeError) and ": backend '" in text and "cannot run input" in text:
+        return text.splitlines()[0]
+    return None

@@ -151,7 +151,7 @@ def make(backends: Sequence[str] = ("auto",)) -> list[Item]:
             "bench",
             "tests",
             "the pytest-benchmark files on the GPU (pytest benchmarks -m gpu)",
-            150,
+            300,
             request={"path": "benchmarks"},
             needs=("gpu", "pytest", "pytest_benchmark"),
         ),

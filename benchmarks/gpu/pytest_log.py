@@ -28,6 +28,7 @@ _LOST_CONTEXT = (
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("effops gpu log")
     group.addoption("--gpu-log", type=Path, help="JSON lines: one when a test starts, one when it ends")
+    group.addoption("--gpu-shard", default="0/1", help="i/n: every n-th test from the i-th on; slow ones in shard 0")
     group.addoption("--gpu-seconds", type=float, default=float("inf"), help="start no test later than this")
 
 
@@ -48,11 +49,16 @@ class _Log:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[pytest.Item]) -> None:
-        known = [item for item in items if item.nodeid in self._known]
-        if known:
-            config.hook.pytest_deselected(items=known)
-            items[:] = [item for item in items if item.nodeid not in self._known]
+        """After `-m gpu` has chosen: this shard's tests that the log does not know."""
+        shard, shards = map(int, config.getoption("--gpu-shard").split("/"))
+        mine = [item for index, item in enumerate(items) if _shard_of(item, index, shards) == shard]
+        kept = [item for item in mine if item.nodeid not in self._known]
+        left_out = [item for item in items if item not in kept]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = kept
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports[nodeid] = {"test": nodeid, "outcome": "passed"}
@@ -78,6 +84,11 @@ class _Log:
         if self._stop or time.monotonic() > self._end:
             item.session.shouldstop = self._stop or "the time is up"
             raise item.session.Interrupted(item.session.shouldstop)
+
+
+def _shard_of(item: pytest.Item, index: int, shards: int) -> int:
+    """Slow tests may want the whole GPU memory, so they run one after the other, in one process."""
+    return 0 if "slow" in item.keywords else index % shards
 
 
 def _reason(report: pytest.TestReport) -> str:

@@ -29,6 +29,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 _DESCRIBE_S = 180
 _LEAST_S = 20.0  # with less than this left, nothing is begun
 _TESTS_SHARE = 0.45  # of the budget that is left: the tests come early and must not eat the measurements
+_TESTS_LEAST_S = 60.0
 _TESTS_S = 1800.0  # without a budget
 
 _HARNESS = ("benchmarks/gpu/*.py", "benchmarks/problems.py", "benchmarks/shapes.py", "benchmarks/gate.py")
@@ -77,8 +78,17 @@ class Codes:
 class Session:
     """One run: what it has, and what it does for each stage of the plan."""
 
-    def __init__(self, args: argparse.Namespace, description: dict, results: store.Store, budget: Budget) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        description: dict,
+        results: store.Store,
+        budget: Budget,
+        worker_command: list[str] | None = None,
+    ) -> None:
         self._args, self._description, self.results, self._budget = args, description, results, budget
+        self._worker_command = worker_command or _worker_command(args.rehearse)
+        self._no_worker = ""  # why the worker does not even start
         self._codes = Codes(ROOT)
         self._commit = args.commit or machine.commit()
         self._env = child_env(args.packages)
@@ -98,7 +108,7 @@ class Session:
         }
         try:
             for item in items:
-                reason = why_not(item, self._description)
+                reason = why_not(item, self._description) or (item.stage == "measure" and self._no_worker)
                 if reason:
                     self._leave_out(item, reason)
                 elif missing := self._missing(item):
@@ -163,18 +173,19 @@ class Session:
         seconds = _TESTS_S if left == float("inf") else max(_LEAST_S, _TESTS_SHARE * left)
         if self._args.only:
             seconds = min(left, _TESTS_S)
-        known = self.results.get(item.key)
+        before = self.results.get(item.key) or {}
+        if self._args.fresh or before.get("code") != self._code(item, item.key):
+            before = {}
+        timed = item.key == "bench"  # alone on the GPU
+        start = time.monotonic()
         with tempfile.TemporaryDirectory(prefix="effops-gpu-tests-") as folder:
-            log = Path(folder) / "log.jsonl"
-            if known and known["code"] == self._code(item, item.key) and not self._args.fresh:
-                log.write_text("".join(json.dumps(record) + "\n" for record in known.get("done", [])))
-            benchmark_json = Path(folder) / "benchmark.json"
-            arguments = [f"--benchmark-json={benchmark_json}"] if item.key == "bench" else []
-            run = suites.Run(item.request["path"], log, seconds, self._env, ROOT, arguments)
-            start = time.monotonic()
-            found = suites.collect(run, self._say)
-            if item.key == "bench":
-                found["timings"] = suites.timings(benchmark_json)
+            report = Path(folder) / "benchmark.json"
+            arguments = (f"--benchmark-json={report}",) if timed else ()
+            shards = 1 if timed else max(1, min(4, len(os.sched_getaffinity(0)) // 4))
+            run = suites.Run(item.request["path"], Path(folder), seconds, self._env, ROOT, arguments, shards)
+            found = suites.collect(run, before.get("done", ()), self._say)
+            if timed:
+                found["timings"] = [*before.get("timings", []), *suites.timings(report)]
         self._add(item, item.key, found | {"seconds": round(time.monotonic() - start, 1)})
 
     def _measure(self, item: plan.Item, missing: list[str]) -> None:
@@ -182,43 +193,53 @@ class Session:
         waiting = [side_of(item, key) for key in missing]
         facts: dict = {}
         while waiting and self._budget.left() > _LEAST_S:
-            current = waiting[0]
+            if not self._start_worker():
+                self._leave_out(item, self._no_worker or "the budget ended")
+                return
+            current = [waiting[0]]
             try:
-                worker = self._worker or self._start_worker()
-                worker.send(item.request | {"sides": waiting})
-                while True:
-                    reply = worker.receive(min(item.limit, max(0.0, self._budget.left())))
-                    current = reply.get("begin", current)
-                    facts |= reply.get("facts", {})
-                    if "result" in reply:
-                        self._add(item, f"{item.key}|{reply['side']}", facts | reply["result"])
-                        waiting.remove(reply["side"])
-                    elif "failed" in reply:  # the problem itself: no contestant can run
-                        raise _ProblemError(reply["failed"])
-                    elif "done" in reply:
-                        break
+                self._ask(item, waiting, facts, current)
             except process.ChildError as error:
                 self._stop_worker()
                 if self._budget.left() <= 0:
-                    self._leave_out(item, f"the budget ended during {current}")
+                    self._leave_out(item, f"the budget ended during {current[0]}")
                     return
-                if current in waiting:  # else it ended after its answer, to be replaced
-                    self._add(item, f"{item.key}|{current}", facts | {"error": str(error)})
-                    waiting.remove(current)
-            except _ProblemError as error:
-                self._stop_worker()
-                for side in waiting:
-                    self._add(item, f"{item.key}|{side}", {"error": f"the problem could not be built: {error}"})
-                return
+                if current[0] in waiting:  # else it ended after its answer, to be replaced
+                    self._add(item, f"{item.key}|{current[0]}", facts | {"error": str(error)})
+                    waiting.remove(current[0])
         if waiting:
             self._leave_out(item, f"no time left for {', '.join(waiting)}")
 
-    def _start_worker(self) -> process.Worker:
-        device = "cpu" if self._args.rehearse else "cuda"
-        command = [sys.executable, str(Path(__file__).with_name("worker.py")), device]
-        self._worker = process.Worker([*command, *(["--quick"] if self._args.rehearse else [])], self._env, ROOT)
-        self._worker.receive(min(_DESCRIBE_S, max(0.0, self._budget.left())))
-        return self._worker
+    def _ask(self, item: plan.Item, waiting: list[str], facts: dict, current: list[str]) -> None:
+        """One request; what was answered leaves `waiting`, `current` holds the contestant under way."""
+        self._worker.send(item.request | {"sides": waiting})
+        while True:
+            reply = self._worker.receive(min(item.limit, max(0.0, self._budget.left())))
+            current[:] = [reply.get("begin", current[0])]
+            facts |= reply.get("facts", {})
+            if "result" in reply:
+                self._add(item, f"{item.key}|{reply['side']}", facts | reply["result"])
+                waiting.remove(reply["side"])
+            elif "failed" in reply:  # the problem itself: no contestant can run
+                for side in waiting:
+                    self._add(item, f"{item.key}|{side}", {"error": f"not built: {reply['failed']}"})
+                waiting.clear()
+            elif "done" in reply:
+                return
+
+    def _start_worker(self) -> bool:
+        """False where there is no worker: one that does not start would fail everything that is left."""
+        if self._worker is None:
+            self._worker = process.Worker(self._worker_command, self._env, ROOT)
+            try:
+                self._worker.receive(min(_DESCRIBE_S, max(0.0, self._budget.left())))
+            except process.ChildError as error:
+                self._stop_worker()
+                if self._budget.left() > 0:
+                    self._no_worker = f"the worker does not start: {error}"
+                    self.failures.append(self._no_worker)
+                return False
+        return True
 
     def _stop_worker(self) -> None:
         if self._worker is not None:
@@ -226,8 +247,9 @@ class Session:
             self._worker = None
 
 
-class _ProblemError(RuntimeError):
-    """The worker could not build what was to be measured."""
+def _worker_command(rehearse: bool) -> list[str]:
+    command = [sys.executable, str(Path(__file__).with_name("worker.py"))]
+    return [*command, "cpu", "--quick"] if rehearse else [*command, "cuda"]
 
 
 def side_of(item: plan.Item, key: str) -> str | None:
@@ -235,7 +257,9 @@ def side_of(item: plan.Item, key: str) -> str | None:
 
 
 def remaining_seconds(item: plan.Item, missing: list[str]) -> float:
-    """The guess for what is missing of an item."""
+    """The guess for what is missing of an item. Tests may be cut short anywhere, so they need less than they take."""
+    if item.stage == "tests":
+        return min(item.seconds, _TESTS_LEAST_S)
     if not item.sides or item.request["kind"] == "peaks":
         return item.seconds
     done = (side for side in item.sides if f"{item.key}|{side}" not in missing)

@@ -34,14 +34,6 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
 
 
-def unable(error: BaseException) -> str | None:
-    """Why a backend asked for by name declined the call, from effops' refusal; None for any other error."""
-    text = str(error)
-    if isinstance(error, RuntimeError) and ": backend '" in text and "cannot run input" in text:
-        return text.splitlines()[0]
-    return None
-
-
 def note_backend(side: str, task) -> dict[str, str]:
     """Which backends run the forward of one of our own contestants."""
     if not side.startswith(contestants.OWN):
@@ -90,7 +82,7 @@ def outcome(side: str, task, clock: clocks.Clock, effort: timing.Effort) -> tupl
     except gate.GateError as error:
         return {"error": f"wrong result: {error}", "wrong": True}, True
     except Exception as error:
-        if reason := unable(error):
+        if reason := contestants.unable(error):
             return {"unable": reason}, True
         traceback.print_exc()
         return {"error": first_line(error)}, False
