@@ -88,7 +88,7 @@ class _Log:
 
 def _shard_of(item: pytest.Item, index: int, shards: int) -> int:
     """Slow tests may want the whole GPU memory, so they run one after the other, in one process."""
-    return 0 if "slow" in item.keywords else index % shards
+    return 0 if item.get_closest_marker("slow") else index % shards
 
 
 def _reason(report: pytest.TestReport) -> str:
