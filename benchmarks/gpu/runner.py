@@ -399,15 +399,17 @@ def result_paths(args: argparse.Namespace, name: str) -> tuple[Path, Path | None
     return (args.out if args.out.suffix == ".json" else args.out / file), RESULTS / file
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: list[str] | None = None, describer: Callable[[dict[str, str]], dict] = describe) -> int:
+    """The command; `describer` says what the machine is."""
     args = parse(argv)
+    args.budget = Budget(args.budget)
+    args.packages = None
     folder = Path(tempfile.mkdtemp(prefix="effops-gpu-"))
     try:
-        args.packages = None
         if args.wheels:
             args.packages = folder / "packages"
             install_wheels(args.wheels, args.packages)
-        return _run(args)
+        return _run(args, describer(child_env(args.packages)))
     except store.StoreError as error:
         print(error, file=sys.stderr)
         return 2
@@ -415,9 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _run(args: argparse.Namespace) -> int:
-    budget = Budget(args.budget)
-    description = describe(child_env(args.packages))
+def _run(args: argparse.Namespace, description: dict) -> int:
     whole = plan.rehearsal() if args.rehearse else plan.make(description.get("backends", ("auto",)))
     items = select(whole, args.only, args.sides)
     if not items:
@@ -442,7 +442,7 @@ def _run(args: argparse.Namespace) -> int:
         },
         "env": machine.environment(child_env(args.packages)),
     }
-    session = Session(args, description, store.Store(path, header, start_from), budget)
+    session = Session(args, description, store.Store(path, header, start_from), args.budget)
     session.run(items)
     _conclude(session, path)
     return 1 if session.failures else 0
