@@ -69,6 +69,7 @@ def _measurement(kind: str, case: str, batch: int, precision: str, direction: st
         _PROBLEM_S + sum(side_seconds(side, request) for side in sides),
         sides,
         request,
+        limit=max(120.0, 2.5 * max(side_seconds(side, request) for side in sides)),
     )
 
 
