@@ -5,6 +5,7 @@ The truth is the oracle's in float64 on the CPU; the yardstick is torch's own un
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -36,6 +37,9 @@ import effops.functional as EF
 from effops import backends
 
 pytestmark = pytest.mark.gpu
+
+# Deterministic mode, which the suite runs in, wants it of cuBLAS; read when the first product is computed.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 DEVICE = "cuda"
 GPU_BACKENDS = tuple(name for name in backends.names() if name not in ("auto", "cpp"))

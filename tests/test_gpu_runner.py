@@ -428,6 +428,15 @@ def test_suite_goes_on_with_what_is_left(tmp_path: Path) -> None:
     assert (found["passed"], found["failed"], found["skipped"]) == (5 + 6, 0, 1)
 
 
+def test_a_file_that_cannot_be_imported_is_a_failure(tmp_path: Path) -> None:
+    run = suite_run(tmp_path)
+    Path(run.path, "test_it.py").write_text("import pytest\n\n@pytest.mark.gpu\ndef test_good(): pass\n")
+    Path(run.path, "test_other.py").write_text("import no_such_module\n")
+    found = suites.collect(run)
+    assert found["failures"] == {"test_other.py": "E   ModuleNotFoundError: No module named 'no_such_module'"}
+    assert found["passed"] == 1 and "incomplete" not in found
+
+
 def test_suite_that_cannot_run_is_incomplete(tmp_path: Path) -> None:
     run = suite_run(tmp_path, arguments=("--no-such-option",))
     found = suites.collect(run)

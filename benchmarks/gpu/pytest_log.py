@@ -60,6 +60,11 @@ class _Log:
             config.hook.pytest_deselected(items=left_out)
             items[:] = kept
 
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """A file that cannot be imported is a failure under its own name."""
+        if report.failed:
+            self._write({"test": report.nodeid, "outcome": "failed", "reason": _reason(report)})
+
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._reports[nodeid] = {"test": nodeid, "outcome": "passed"}
         self._write({"test": nodeid})
@@ -91,9 +96,8 @@ def _shard_of(item: pytest.Item, index: int, shards: int) -> int:
     return 0 if item.get_closest_marker("slow") else index % shards
 
 
-def _reason(report: pytest.TestReport) -> str:
-    """The error's first line: what pytest's own summary shows."""
+def _reason(report: pytest.TestReport | pytest.CollectReport) -> str:
+    """The error's first line, as pytest's own summary shows it; of a file that cannot be imported the last one."""
     crash = getattr(report.longrepr, "reprcrash", None)
-    text = crash.message if crash else str(report.longrepr)
-    lines = [line for line in text.splitlines() if line.strip()]
-    return (lines[0] if lines else "no message")[:500]
+    lines = [line for line in (crash.message if crash else str(report.longrepr)).splitlines() if line.strip()]
+    return (lines[0 if crash else -1] if lines else "no message")[:500]

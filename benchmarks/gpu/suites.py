@@ -106,6 +106,7 @@ def _why_lost(finished: process.Finished, end: float) -> str:
 def _command(run: Run, index: int, seconds: float) -> list[str]:
     log = ["--gpu-log", str(run.folder / f"log{index}.jsonl"), "--gpu-shard", f"{index}/{run.shards}"]
     options = [*log, "--gpu-seconds", f"{seconds:.0f}", "-p", "no:cacheprovider", "-q", *run.arguments]
+    options.append("--continue-on-collection-errors")
     return [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu.pytest_log", run.path, "-m", "gpu", *options]
 
 
