@@ -32,11 +32,10 @@ _TESTS_SHARE = 0.45  # of the budget that is left: the tests come early and must
 _TESTS_LEAST_S = 60.0
 _TESTS_S = 1800.0  # without a budget
 
-_HARNESS = ("benchmarks/gpu/*.py", "benchmarks/problems.py", "benchmarks/shapes.py", "benchmarks/gate.py")
+_HARNESS = ("benchmarks/problems.py", "benchmarks/shapes.py", "benchmarks/gate.py", "benchmarks/timing.py")
+_MEASURING = ("clocks", "contestants", "peaks", "tasks", "timing", "worker")  # the others here only run and report
 _NETWORKS = ("benchmarks/networks.py", "effops/stock.py", "effops/models/*.py")
 _OWN = ("effops/**/*.py", "effops/schemas.inc", "csrc/**/*")
-# What only runs and reports: a change in it leaves measurements valid.
-_NOT_MEASURING = {"runner.py", "plan.py", "store.py", "process.py", "suites.py", "pytest_log.py", "device.py"}
 
 
 class Budget:
@@ -57,9 +56,7 @@ class Codes:
     """Fingerprints of the sources that an entry depends on."""
 
     def __init__(self, root: Path) -> None:
-        measuring = [f"benchmarks/gpu/{path.name}" for path in (root / "benchmarks" / "gpu").glob("*.py")]
-        measuring = [path for path in measuring if Path(path).name not in _NOT_MEASURING]
-        harness = (*measuring, *_HARNESS[1:])
+        harness = (*_HARNESS, *(f"benchmarks/gpu/{name}.py" for name in _MEASURING))
         self._rival = store.fingerprint(root, harness)
         self._network = store.fingerprint(root, (*harness, *_NETWORKS))
         self._own = store.fingerprint(root, (*harness, *_NETWORKS, *_OWN))
@@ -316,8 +313,9 @@ def describe(env: dict[str, str]) -> dict:
     """What device.py says; its failure is a reason too."""
     command = [sys.executable, str(Path(__file__).with_name("device.py"))]
     finished = process.run(command, _DESCRIBE_S, env, ROOT)
-    if finished.ok:
-        return json.loads(finished.tail.splitlines()[-1])
+    answers = [line for line in finished.tail.splitlines() if line.startswith("{")]
+    if finished.ok and answers:  # libraries' warnings may stand around it
+        return json.loads(answers[-1])
     last = finished.tail.splitlines()[-1:] or [""]
     return {"gpu": None, "why_not": f"asking for it failed: {finished.why or last[0]}", "packages": []}
 
