@@ -213,6 +213,32 @@ def test_a_hanging_command_is_killed_with_its_children() -> None:
     assert eventually_gone(int(finished.tail))
 
 
+GUARDED = """
+import os, sys
+from concurrent.futures import ThreadPoolExecutor
+from benchmarks.gpu import process
+
+answers_and_hangs = "import json, os, time; print(json.dumps({'pid': os.getpid()}), flush=True); time.sleep(600)"
+env, here = dict(os.environ), os.getcwd()
+with process.guarded(), ThreadPoolExecutor(1) as pool:
+    worker = process.Worker([sys.executable, "-c", answers_and_hangs], env, here)
+    command = pool.submit(process.run, [sys.executable, "-c", sys.argv[1]], 600, env, here)
+    print(worker.receive(30)["pid"], flush=True)
+    command.result()
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_terminated_runner_takes_its_children_along() -> None:
+    """Those that it talks to and those that another thread waits for: else that thread would keep it alive."""
+    with subprocess.Popen([sys.executable, "-c", GUARDED, HANGS], cwd=ROOT, stdout=subprocess.PIPE, text=True) as runs:
+        pid = int(runs.stdout.readline())
+        assert alive(pid)
+        runs.terminate()
+        assert runs.wait(timeout=20) == 143
+        assert eventually_gone(pid)
+
+
 def test_a_command_that_ends_or_is_missing() -> None:
     fine = process.run([sys.executable, "-c", "print('fine')"], 60, dict(os.environ), ROOT)
     assert fine.ok and fine.tail == "fine"

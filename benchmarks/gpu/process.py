@@ -9,16 +9,46 @@ import selectors
 import signal
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 _KILL_WAIT_S = 10
+_children: set[subprocess.Popen] = set()
+_ending = threading.Event()
 
 
 class ChildError(RuntimeError):
     """A child died or did not answer in time; the message says which, and what it wrote last."""
+
+
+@contextlib.contextmanager
+def guarded() -> Iterator[None]:
+    """Inside, a terminated or interrupted program takes its children along: they lead sessions of their own.
+
+    Only in the main thread. Children that other threads wait for end too, and none is started afterwards.
+    """
+
+    def end(number: int, _frame: object) -> None:
+        _ending.set()
+        for child in list(_children):
+            kill_group(child)
+        raise SystemExit(128 + number)
+
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _ending.clear()
+
+
+def ending() -> bool:
+    """True once the program is to end: nothing new should be started."""
+    return _ending.is_set()
 
 
 def kill_group(process: subprocess.Popen) -> bool:
@@ -71,15 +101,28 @@ def run(
             )
         except OSError as error:
             return Finished(None, f"{command[0]}: {error}", "")
-        end, why = time.monotonic() + seconds, ""
-        while process.poll() is None and not why:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(timeout=min(0.2, max(0.01, end - time.monotonic())))
+        _children.add(process)
+        try:
+            why = _wait(process, seconds, stalled)
+        finally:
             if process.poll() is None:
-                why = f"stopped after {seconds:.0f} s" if time.monotonic() >= end else stalled() or ""
-        if why:
-            kill_group(process)
+                kill_group(process)
+            _children.discard(process)
         return Finished(None if why else process.returncode, why, tail_of(output))
+
+
+def _wait(process: subprocess.Popen, seconds: float, stalled: Callable[[], str | None]) -> str:
+    """Until the process ends (""), or for the reason returned should be killed."""
+    end = time.monotonic() + seconds
+    while True:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=min(0.2, max(0.01, end - time.monotonic())))
+        if process.poll() is not None:
+            return ""
+        if time.monotonic() >= end:
+            return f"stopped after {seconds:.0f} s"
+        if why := stalled():
+            return why
 
 
 class Worker:
@@ -96,6 +139,7 @@ class Worker:
             cwd=cwd,
             start_new_session=True,
         )
+        _children.add(self._process)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._process.stdout, selectors.EVENT_READ)
         self._buffer = b""
@@ -133,6 +177,7 @@ class Worker:
     def close(self) -> None:
         """Kill the child and everything it started."""
         kill_group(self._process)
+        _children.discard(self._process)
         self._selector.close()
         for stream in (self._process.stdin, self._process.stdout, self._errors):
             with contextlib.suppress(BrokenPipeError):

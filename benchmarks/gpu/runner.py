@@ -404,10 +404,11 @@ def main(argv: list[str] | None = None, describer: Callable[[dict[str, str]], di
     args.packages = None
     folder = Path(tempfile.mkdtemp(prefix="effops-gpu-"))
     try:
-        if args.wheels:
-            args.packages = folder / "packages"
-            install_wheels(args.wheels, args.packages)
-        return _run(args, describer(child_env(args.packages)))
+        with process.guarded():
+            if args.wheels:
+                args.packages = folder / "packages"
+                install_wheels(args.wheels, args.packages)
+            return _run(args, describer(child_env(args.packages)))
     except store.StoreError as error:
         print(error, file=sys.stderr)
         return 2

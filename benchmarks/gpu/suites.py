@@ -83,7 +83,7 @@ def _shard(run: Run, index: int, known: list[dict], say: Callable[[str], None]) 
     log = run.folder / f"log{index}.jsonl"
     append(log, known)
     end, tail, complete = time.monotonic() + run.seconds, "", False
-    while not complete and (left := end - time.monotonic()) > _STOP_S:
+    while not complete and not process.ending() and (left := end - time.monotonic()) > _STOP_S:
         before = len(read(log)[0])
         finished = process.run(_command(run, index, left - _STOP_S), left, run.env, run.root, _Stalled(log, run.stall))
         tail, complete = finished.tail, finished.status in _ENDED
