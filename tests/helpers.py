@@ -321,8 +321,7 @@ def make_tensors(case: DwCase | DsCase, dtype: torch.dtype, *, kink_free: bool =
         kink_free: moves biases and shifts until no activation's argument is near a kink (see ``clear_kinks``).
     """
     gen = generator(case.id)
-    half = dtype in (torch.bfloat16, torch.float16)
-    param_dtype = torch.float32 if case.float_params and half else dtype
+    param_dtype = torch.float32 if case.float_params and dtype in (torch.bfloat16, torch.float16) else dtype
     spec = {"gen": gen, "dtype": dtype, "param_dtype": param_dtype}
     kh, kw = case.kernel
     x = lay_out(draw((case.n, case.c, case.h, case.w), gen, case.data, mean=1.0), case.layout, dtype)
