@@ -13,6 +13,14 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 IMAGES ?=
 ARGS ?=
+# For `make gpu` alone, which uses a Python that has torch and the GPU already and installs nothing:
+#   BUDGET  seconds it may take     RESULTS  folder for its JSON     WHEELS  folder of carried wheels (pytest, if missing)
+#   COMMIT  the commit, where the tree came without its history
+GPU_PYTHON ?= python3
+BUDGET ?=
+RESULTS ?=
+WHEELS ?=
+COMMIT ?=
 
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
@@ -20,7 +28,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CSRC := $(shell find csrc -type f ! -name '*.md')
 SANITIZED := $(CURDIR)/build/sanitized
 
-.PHONY: help run test test-all lint format bench build sanitize clean
+.PHONY: help run test test-all lint format bench gpu build sanitize clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
@@ -47,6 +55,10 @@ format: $(VENV)/.lint ## mends what lint complains about where a machine can
 bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
 	$(PY) benchmarks/run.py all $(ARGS)
 	$(PY) benchmarks/report.py
+
+gpu: ## GPU tests and benchmarks in order of weight (BUDGET=540 RESULTS=DIR); without a GPU: what it would do
+	$(GPU_PYTHON) -m benchmarks.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESULTS),--out "$(RESULTS)") \
+	  $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
 
 build: $(VENV)/.build ## the environment, effops in it (editable) and the kernel library
 

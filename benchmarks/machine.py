@@ -13,7 +13,10 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 _PROBE = Path(__file__).resolve().parent / "peers" / "probe.cpp"
-_ENV_PREFIXES = ("OMP_", "MKL_", "MALLOC_", "GOMP_", "KMP_", "EFFOPS_", "TORCHINDUCTOR_", "ONEDNN_", "LD_PRELOAD")
+_ENV_PREFIXES = (
+    *("OMP_", "MKL_", "MALLOC_", "GOMP_", "KMP_", "EFFOPS_", "TORCHINDUCTOR_", "ONEDNN_", "LD_PRELOAD"),
+    *("CUDA_", "CUDNN_", "CUBLAS_", "NVIDIA_TF32_OVERRIDE", "TRITON_", "PYTORCH_"),
+)
 
 
 def _run(*command: str) -> str:
@@ -67,6 +70,13 @@ def commit() -> str:
     return _run("git", "rev-parse", "HEAD") or "unknown"
 
 
+def dirty() -> bool:
+    """Whether the tree differs from the commit, results and plots apart; False where there is no git."""
+    return bool(
+        _run("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs/images")
+    )
+
+
 def compiler() -> str:
     """The C++ compiler found first, which builds the probe, Inductor's code and (from source) effops."""
     return _run(os.environ.get("CXX", "g++"), "--version").split("\n")[0]
@@ -84,11 +94,10 @@ def versions() -> dict:
         build = _library.build_info() if _library.kernels_loaded else {"missing": _library.why_not_loaded}
     except Exception as error:  # the report must say so rather than the benchmark stop
         build = {"missing": f"{type(error).__name__}: {error}"}
-    changed = _run("git", "status", "--porcelain", "--", ".", ":(exclude)benchmarks/results", ":(exclude)docs/images")
     return {
         "effops": effops.__version__,
         "commit": commit(),
-        "dirty": bool(changed),
+        "dirty": dirty(),
         "kernels": build,
         "torch": torch.__version__,
         "python": platform.python_version(),

@@ -16,7 +16,8 @@ from benchmarks.problems import FORMATS, depthwise64, pointwise64
 from benchmarks.shapes import MODEL_SIZE
 
 
-def _in_place(model: nn.Module) -> nn.Module:
+def in_place(model: nn.Module) -> nn.Module:
+    """The model with its ReLUs in place, as stock networks have them."""
     for module in model.modules():
         if isinstance(module, nn.ReLU | nn.ReLU6):
             module.inplace = True
@@ -26,27 +27,40 @@ def _in_place(model: nn.Module) -> nn.Module:
 class ModelProblem:
     """A registered model at 224x224 with seeded random weights, as stock PyTorch and as effops, eval mode."""
 
-    def __init__(self, name: str, batch: int) -> None:
+    def __init__(
+        self, name: str, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
         import effops
 
         torch.manual_seed(0)
         self._effops = effops.create_model(name).eval().requires_grad_(False)
-        _spread_statistics(self._effops)
+        spread_statistics(self._effops)
         self._stock = effops.create_model(name, reference=True).eval().requires_grad_(False)
         self._stock.load_state_dict(self._effops.state_dict())
         self._x = torch.randn(batch, 3, MODEL_SIZE, MODEL_SIZE)
+        self._effops, self._stock = self._effops.to(device, dtype), self._stock.to(device, dtype)
+        self._x = self._x.to(device, dtype)
         self._ends = (
             self._x if batch == 1 else self._x[[0, -1]]
         )  # float64 models are slow: the first and the last image
 
     def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        model = _in_place(copy.deepcopy(self._stock)).to(memory_format=FORMATS[variant])
+        model = in_place(copy.deepcopy(self._stock)).to(memory_format=FORMATS[variant])
         return model, (self._x.contiguous(memory_format=FORMATS[variant]),)
 
-    def effops(self, variant: str) -> Callable[[], torch.Tensor]:
+    def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
+        import effops
+
         model = copy.deepcopy(self._effops).to(memory_format=FORMATS[variant])
         x = self._x.contiguous(memory_format=FORMATS[variant])
-        return lambda: model(x)
+        if backend == "auto":
+            return lambda: model(x)
+
+        def on_backend() -> torch.Tensor:
+            with effops.use_backend(backend):
+                return model(x)
+
+        return on_backend
 
     def check(self, fn: Callable[[], torch.Tensor], variant: str, own: bool) -> dict | None:
         """The logits against the stock model in float64."""
@@ -55,7 +69,10 @@ class ModelProblem:
         out = out if len(out) == 1 else out[[0, -1]]
         if own:
             stock, _ = self.stock(variant)
-            return gate.check(out, stock(self._ends.contiguous(memory_format=FORMATS[variant])), truth, "logits")
+            yardstick = stock(self._ends.contiguous(memory_format=FORMATS[variant]))
+            if out.dtype in (torch.float16, torch.bfloat16):
+                return gate.check_norm(out, yardstick, truth, "logits", gate.NORM_BOUND[out.dtype])
+            return gate.check(out, yardstick, truth, "logits")
         gate.check_rival(out, truth, "logits")
         return None
 
@@ -69,7 +86,7 @@ class ModelProblem:
         return counter.get_total_flops() // 2 * len(self._x)
 
 
-def _spread_statistics(model: nn.Module) -> None:
+def spread_statistics(model: nn.Module) -> None:
     """Running statistics other than 0 and 1, so that a folded BatchNorm that is wrong shows."""
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -148,7 +165,7 @@ class TrainingProblem:
     def candidates(self, peer: str) -> Iterator[tuple[str, Callable[[], object]]]:
         for variant in FORMATS:
             block = self._block(self.kind(peer), variant)
-            yield variant, self._step(block if peer == "effops" else _in_place(block), variant)
+            yield variant, self._step(block if peer == "effops" else in_place(block), variant)
 
     def check(self, fn: Callable[[], tuple[torch.Tensor, ...]], variant: str, own: bool) -> dict | None:
         """The output and every gradient; the worst share of the budget is returned.
@@ -176,7 +193,7 @@ class TrainingProblem:
         """Unique bytes that autograd keeps for backward over a chain of four blocks, parameters and buffers apart."""
         blocks = nn.Sequential(*(self._block(self.kind(peer), variant) for _ in range(self.CHAIN)))
         if peer != "effops":
-            _in_place(blocks)
+            in_place(blocks)
         state = tuple(x.contiguous(memory_format=FORMATS[variant]).requires_grad_() for x in (self._left, self._right))
         return saved_bytes(lambda: blocks(state), [*blocks.parameters(), *blocks.buffers()])
 

@@ -63,27 +63,33 @@ def _channels(v: torch.Tensor) -> torch.Tensor:
 class _Problem:
     """What both kinds share: seeded tensors and the depthwise bank."""
 
-    def __init__(self, case: DSCase | DWCase, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        self.case, self.batch, self.dtype = case, batch, dtype
-        self._generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name}/{batch}".encode()))
+    def __init__(
+        self,
+        case: DSCase | DWCase,
+        batch: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.case, self.batch, self.dtype, self.device = case, batch, dtype, torch.device(device)
+        self._generator = torch.Generator(device).manual_seed(zlib.crc32(f"{case.name}/{batch}".encode()))
         self.x = self._randn(batch, case.channels, case.size, case.size)
         self.bank = self._make_bank()
 
     def _randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
-        return (torch.randn(*shape, generator=self._generator) * scale).to(self.dtype)
+        return (torch.randn(*shape, generator=self._generator, device=self.device) * scale).to(self.dtype)
 
     def _make_bank(self) -> torch.Tensor:
         case = self.case
         if case.bank == "fixed8":
-            return torch.tensor(_VGNET8).unsqueeze(1).to(self.dtype)
+            return torch.tensor(_VGNET8).unsqueeze(1).to(self.device, self.dtype)
         if case.bank == "blur":
-            return torch.tensor(_VGNET8[6]).view(1, 1, 3, 3).to(self.dtype)
+            return torch.tensor(_VGNET8[6]).view(1, 1, 3, 3).to(self.device, self.dtype)
         return self._randn(case.bank_size, 1, case.kernel, case.kernel, scale=1 / case.kernel)
 
     @property
     def dw_weight(self) -> torch.Tensor:
         """The bank repeated to one kernel a channel, as the stock convolution wants it."""
-        return self.bank[torch.arange(self.case.channels) % self.bank.shape[0]]
+        return self.bank[torch.arange(self.case.channels, device=self.device) % self.bank.shape[0]]
 
     @cached_property
     def truth(self) -> torch.Tensor:
@@ -125,8 +131,10 @@ class _StockDW(nn.Module):
 class DWProblem(_Problem):
     """One depthwise convolution with bias and activation."""
 
-    def __init__(self, case: DWCase, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(case, batch, dtype)
+    def __init__(
+        self, case: DWCase, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(case, batch, dtype, device)
         self.bias = self._randn(case.channels) if case.bias else None
 
     def _truth(self) -> torch.Tensor:
@@ -137,25 +145,27 @@ class DWProblem(_Problem):
 
     def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The stock module in eval mode and its inputs, both in the variant's memory format."""
-        module = _StockDW(self.case).to(self.dtype)
+        module = _StockDW(self.case).to(self.device, self.dtype)
         state = {"dw.weight": self.dw_weight}
         if self.bias is not None:
             state["dw.bias"] = self.bias
         module.load_state_dict(state)
         return _formatted(module, (self.x,), variant)
 
-    def effops(self, variant: str) -> Callable[[], torch.Tensor]:
+    def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
         """A call of the public function: dispatch, checks and weight packing are inside the timing."""
         import effops.functional as EF
 
         case, bank, bias = self.case, self.bank, self.bias
         x = self.x.contiguous(memory_format=FORMATS[variant])
         if case.bank == "learned":
-            return lambda: EF.depthwise_conv2d(x, bank, bias, case.stride, case.kernel // 2, activation=case.activation)
+            return lambda: EF.depthwise_conv2d(
+                x, bank, bias, case.stride, case.kernel // 2, activation=case.activation, backend=backend
+            )
         if case.bank == "shared8":
-            return lambda: EF.shared_depthwise_conv2d(x, bank, None, case.stride, case.kernel // 2)
+            return lambda: EF.shared_depthwise_conv2d(x, bank, None, case.stride, case.kernel // 2, backend=backend)
         constants = bank[:, 0].contiguous()
-        return lambda: EF.fixed_filter_conv2d(x, constants, case.stride, case.kernel // 2)
+        return lambda: EF.fixed_filter_conv2d(x, constants, case.stride, case.kernel // 2, backend=backend)
 
 
 class _StockDS(nn.Module):
@@ -181,8 +191,10 @@ class _StockDS(nn.Module):
 class DSProblem(_Problem):
     """One depthwise -> pointwise chain with folded epilogues."""
 
-    def __init__(self, case: DSCase, batch: int, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__(case, batch, dtype)
+    def __init__(
+        self, case: DSCase, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(case, batch, dtype, device)
         self.left = self._randn(batch, case.passthrough, case.out_size, case.out_size) if case.passthrough else None
         self.pw_weight = self._randn(case.out, case.pw_in, 1, 1, scale=case.pw_in**-0.5)
         self.dw_bias = self._randn(case.channels, scale=0.1) if case.bias else None
@@ -207,7 +219,7 @@ class DSProblem(_Problem):
 
     def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The stock module in eval mode and its inputs, both in the variant's memory format."""
-        module = _StockDS(self.case).to(self.dtype)
+        module = _StockDS(self.case).to(self.device, self.dtype)
         state = {"dw.weight": self.dw_weight, "pw.weight": self.pw_weight}
         if self.case.bias:
             state |= {"dw.bias": self.dw_bias, "pw.bias": self.pw_bias}
@@ -222,7 +234,7 @@ class DSProblem(_Problem):
         module.load_state_dict(state)
         return _formatted(module, (self.x,) if self.left is None else (self.x, self.left), variant)
 
-    def effops(self, variant: str) -> Callable[[], torch.Tensor]:
+    def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
         """A call of the public function: dispatch, checks and weight packing are inside the timing."""
         import effops.functional as EF
 
@@ -236,7 +248,7 @@ class DSProblem(_Problem):
             "scale": self.scale,
             "shift": self.shift,
         }
-        extra = {} if left is None else {"passthrough": left}
+        extra = {"backend": backend} if left is None else {"backend": backend, "passthrough": left}
         if case.keep:
             extra["keep"] = case.keep
         if case.bank == "shared8":
@@ -251,7 +263,9 @@ def _formatted(module: nn.Module, inputs: tuple, variant: str) -> tuple[nn.Modul
     return module, tuple(x.contiguous(memory_format=memory_format) for x in inputs)
 
 
-def build(case: DSCase | DWCase, batch: int, dtype: str = "float32") -> DSProblem | DWProblem:
+def build(
+    case: DSCase | DWCase, batch: int, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> DSProblem | DWProblem:
     """The problem for a case of either kind."""
     kind = DSProblem if isinstance(case, DSCase) else DWProblem
-    return kind(case, batch, getattr(torch, dtype))
+    return kind(case, batch, getattr(torch, dtype), device)

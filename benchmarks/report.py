@@ -21,6 +21,11 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import report_gpu  # noqa: E402 (this file is run as a program, too)
+from benchmarks.tables import geomean, ms, percent, table, times, yes  # noqa: E402
+
 DOCUMENTS = ("README.md", "benchmarks/README.md")
 IMAGES = "docs/images"
 COMMAND = "python benchmarks/report.py"
@@ -60,13 +65,14 @@ def load(folder: Path) -> list[dict]:
     for path in sorted(folder.glob("*.json")):
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
-            key = (result["suite"], result["machine"]["cpu"])
+            key = (result["suite"], result["machine"].get("gpu", result["machine"]["cpu"]))
             date = result["date"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ReportError(
                 f"{path}: not a results file of benchmarks/run.py ({type(error).__name__}: {error})"
             ) from error
-        if not result.get("quick") and (key not in newest or date > newest[key]["date"]):
+        claims_nothing = result.get("quick") or result.get("rehearsal")
+        if not claims_nothing and (key not in newest or date > newest[key]["date"]):
             newest[key] = result
     return sorted(newest.values(), key=lambda r: (r["suite"], r["machine"]["cpu"]))
 
@@ -165,11 +171,6 @@ def bf16_entries(result: dict) -> list[Entry]:
     return found
 
 
-def geomean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs)) if logs else math.nan
-
-
 def same_format_losses(rows: Iterable[dict]) -> list[str]:
     """Shapes where effops is slower than eager in the very same memory format, as a user of that format sees it."""
     lost = []
@@ -182,27 +183,6 @@ def same_format_losses(rows: Iterable[dict]) -> list[str]:
 
 
 # ---- tables ----
-
-
-def _table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
-
-
-def _ms(us: float) -> str:
-    return f"{us / 1e3:.3g}" if us < 1e5 else f"{us / 1e3:.0f}"
-
-
-def _percent(share: float) -> str:
-    return "-" if math.isnan(share) else f"{100 * share:.0f} %"
-
-
-def _ratio(value: float) -> str:
-    return "-" if math.isnan(value) else f"{value:.2f}x"
-
-
-def _yes(met: bool) -> str:
-    return "yes" if met else "**no**"
 
 
 def provenance(result: dict) -> str:
@@ -247,22 +227,22 @@ def _pair_table(judged: list[Entry], goal: float | None, rival: str = "best riva
     rows = []
     for e in judged:
         side = e.row["sides"][e.own]
-        spread = f"{_ms(e.own_us)} ({_ms(side['p20_us'])}-{_ms(side['p80_us'])})"
+        spread = f"{ms(e.own_us)} ({ms(side['p20_us'])}-{ms(side['p80_us'])})"
         backend = "" if side.get("backend", "cpp") == "cpp" else f" by {side['backend']}"
-        ratio = _ratio(e.ratio) if e.ratio >= 1 else f"**{_ratio(e.ratio)}**"
+        ratio = times(e.ratio) if e.ratio >= 1 else f"**{times(e.ratio)}**"
         cells = [
             e.row["case"],
             str(e.row["batch"]),
             str(e.row["threads"]),
             spread + backend,
-            _ms(e.rival_us),
+            ms(e.rival_us),
             _SIDES.get(e.rival, e.rival),
             ratio,
-            _percent(e.share),
-            _percent(e.bandwidth),
+            percent(e.share),
+            percent(e.bandwidth),
         ]
-        rows.append(cells + ([_yes(e.met(goal))] if goal else []))
-    return _table(header + ([f"{goal}x or the roof"] if goal else []), rows)
+        rows.append(cells + ([yes(e.met(goal))] if goal else []))
+    return table(header + ([f"{goal}x or the roof"] if goal else []), rows)
 
 
 def _summary_table(judged: list[Entry], goal: float) -> str:
@@ -284,14 +264,14 @@ def _summary_table(judged: list[Entry], goal: float) -> str:
         "met",
         "below 1.0x",
     ]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _summary_cells(group: list[Entry], goal: float) -> list[str]:
     ratios = [e.ratio for e in group]
     return [
         str(len(group)),
-        _ratio(geomean(ratios)),
+        times(geomean(ratios)),
         f"{min(ratios):.2f}-{max(ratios):.2f}",
         f"{geomean(e.term(goal) for e in group):.3f}",
         f"{sum(e.met(goal) for e in group)}/{len(group)}",
@@ -335,13 +315,13 @@ def _pointwise_table(result: dict) -> str:
             e.row["case"],
             str(e.row["batch"]),
             str(e.row["threads"]),
-            _ms(e.own_us),
-            _percent(e.share),
-            "exempt" if exempt(e.row) else _yes(e.share >= POINTWISE_GOAL),
+            ms(e.own_us),
+            percent(e.share),
+            "exempt" if exempt(e.row) else yes(e.share >= POINTWISE_GOAL),
         ]
         for e in pointwise_entries(result)
     ]
-    return _table(
+    return table(
         ["pointwise part of", "batch", "threads", "ms", "of FMA peak", f">= {100 * POINTWISE_GOAL:.0f} %"], rows
     )
 
@@ -353,7 +333,7 @@ def _bf16_table(result: dict) -> str:
 
 def _dwconv_table(result: dict) -> str:
     judged = entries(result, "dw")
-    return _pair_table(judged, None) + f"\n\nGeometric mean: {_ratio(geomean(e.ratio for e in judged))}."
+    return _pair_table(judged, None) + f"\n\nGeometric mean: {times(geomean(e.ratio for e in judged))}."
 
 
 def _models_table(result: dict) -> str:
@@ -361,12 +341,12 @@ def _models_table(result: dict) -> str:
     rows = []
     for row in result["rows"]:
         cells = [
-            _ms(row["sides"][name]["median_us"]) if "median_us" in row["sides"].get(name, {}) else "-" for name in names
+            ms(row["sides"][name]["median_us"]) if "median_us" in row["sides"].get(name, {}) else "-" for name in names
         ]
         e = _entry(row, peaks(result))
-        judged = [_ratio(e.ratio), _percent(e.share)] if e else ["-", "-"]
+        judged = [times(e.ratio), percent(e.share)] if e else ["-", "-"]
         rows.append([row["case"], str(row["batch"]), str(row["threads"]), *cells, *judged])
-    return _table(
+    return table(
         ["model", "batch", "threads", *(f"{_SIDES[n]} ms" for n in names), "ratio to the best", "of FMA peak"], rows
     )
 
@@ -390,13 +370,13 @@ def _training_table(result: dict) -> str:
                 row["case"],
                 str(row["batch"]),
                 str(row["threads"]),
-                _ms(own["median_us"]),
-                _ms(eager["median_us"]),
-                _ratio(eager["median_us"] / own["median_us"]),
-                _ratio(any_eager["median_us"] / own["median_us"]),
+                ms(own["median_us"]),
+                ms(eager["median_us"]),
+                times(eager["median_us"] / own["median_us"]),
+                times(any_eager["median_us"] / own["median_us"]),
                 f"{own['saved_bytes'] / 1e6:.2f}",
                 f"{eager['saved_bytes'] / 1e6:.2f}",
-                _percent(saved),
+                percent(saved),
             ]
         )
     header = [
@@ -408,7 +388,7 @@ def _training_table(result: dict) -> str:
         "ratio",
         "ratio to the best eager",
     ]
-    return _table(header + ["saved by effops, MB", "saved by eager, MB", "fewer bytes"], rows)
+    return table(header + ["saved by effops, MB", "saved by eager, MB", "fewer bytes"], rows)
 
 
 def _overhead_table(result: dict) -> str:
@@ -423,7 +403,7 @@ def _overhead_table(result: dict) -> str:
         "stock_forward_backward_us": "stock torch, forward + backward",
     }
     rows = [[f"`EF.{row['operator']}`", *(f"{row[key]:.1f}" for key in columns)] for row in result["rows"]]
-    return _table(["microseconds", *columns.values()], rows)
+    return table(["microseconds", *columns.values()], rows)
 
 
 # ---- targets ----
@@ -436,7 +416,7 @@ def _targets(results: list[dict]) -> str:
         rows += make(result) if make else []
     measured = {result["suite"] for result in results}
     rows += [[f"{suite}", "not measured yet", ""] for suite in _TARGETS if suite not in measured]
-    return _table(["target", "measured", "met"], rows)
+    return table(["target", "measured", "met"], rows)
 
 
 def _dsconv_targets(result: dict) -> list[list[str]]:
@@ -448,20 +428,20 @@ def _dsconv_targets(result: dict) -> list[list[str]]:
     rows = [
         [
             f"`ds_conv2d` against the best rival: {DSCONV_GOAL}x, geometric mean of min(ratio/goal, 1) = 1",
-            f"{capped:.3f} (plain geometric mean {_ratio(geomean(e.ratio for e in judged))}, by occurrence "
-            f"{_ratio(geomean(e.ratio for e in judged for _ in range(e.row['count'])))}, "
+            f"{capped:.3f} (plain geometric mean {times(geomean(e.ratio for e in judged))}, by occurrence "
+            f"{times(geomean(e.ratio for e in judged for _ in range(e.row['count'])))}, "
             f"{sum(e.met(DSCONV_GOAL) for e in judged)} of {len(judged)} met)",
-            _yes(round(capped, 2) >= 1),
+            yes(round(capped, 2) >= 1),
         ],
-        ["no shape below 1.0x through `auto`", f"{below} of {len(judged)} below", _yes(below == 0)],
+        ["no shape below 1.0x through `auto`", f"{below} of {len(judged)} below", yes(below == 0)],
     ]
     if pointwise:
         least, good = min(e.share for e in pointwise), sum(e.share >= POINTWISE_GOAL for e in pointwise)
         rows.append(
             [
                 f"pointwise part at {100 * POINTWISE_GOAL:.0f} % of the FMA peak",
-                f"{good} of {len(pointwise)} shapes, least {_percent(least)}",
-                _yes(good == len(pointwise)),
+                f"{good} of {len(pointwise)} shapes, least {percent(least)}",
+                yes(good == len(pointwise)),
             ]
         )
     return rows
@@ -472,8 +452,8 @@ def _bf16_targets(result: dict) -> list[list[str]]:
     if not judged:
         return []
     capped = geomean(e.term(BF16_GOAL) for e in judged)
-    measured = f"{capped:.3f} of the goal (plain geometric mean {_ratio(geomean(e.ratio for e in judged))})"
-    return [[f"bf16 against our own fp32: {BF16_GOAL}x", measured, _yes(round(capped, 2) >= 1)]]
+    measured = f"{capped:.3f} of the goal (plain geometric mean {times(geomean(e.ratio for e in judged))})"
+    return [[f"bf16 against our own fp32: {BF16_GOAL}x", measured, yes(round(capped, 2) >= 1)]]
 
 
 def _training_targets(result: dict) -> list[list[str]]:
@@ -486,13 +466,13 @@ def _training_targets(result: dict) -> list[list[str]]:
     return [
         [
             f"half-identity block forward + backward against eager channels_last: {TRAINING_GOAL}x",
-            f"{capped:.3f} of the goal (plain geometric mean {_ratio(geomean(ratios))}, least {_ratio(min(ratios))})",
-            _yes(round(capped, 2) >= 1),
+            f"{capped:.3f} of the goal (plain geometric mean {times(geomean(ratios))}, least {times(min(ratios))})",
+            yes(round(capped, 2) >= 1),
         ],
         [
             f"chain of four blocks: {100 * SAVED_GOAL:.0f} % fewer bytes saved for backward",
-            f"least {_percent(min(saved))}",
-            _yes(min(saved) >= SAVED_GOAL),
+            f"least {percent(min(saved))}",
+            yes(min(saved) >= SAVED_GOAL),
         ],
     ]
 
@@ -502,7 +482,7 @@ def _overhead_targets(result: dict) -> list[list[str]]:
     for key, goal in OVERHEAD_GOALS_US.items():
         word = "no-grad forward" if key == "overhead_forward_us" else "forward + backward"
         worst = max(row[key] for row in result["rows"])
-        rows.append([f"host overhead, {word}: <= {goal:.0f} us", f"{worst:.1f} us", _yes(worst <= goal)])
+        rows.append([f"host overhead, {word}: <= {goal:.0f} us", f"{worst:.1f} us", yes(worst <= goal)])
     return rows
 
 
@@ -523,6 +503,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "models": _section("models", _models_table),
     "training": _section("training", _training_table),
     "overhead": _section("overhead", _overhead_table),
+    "gpu": lambda results: report_gpu.block(_of_suite(results, "gpu")),
 }
 
 

@@ -112,7 +112,7 @@ def _own_bias(bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 def oracle_depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, case: DwCase | DsCase) -> Tensor:
     """Output channel o reads input channel ``o // multiplier`` with kernel ``weight[o mod B]``; zeros outside."""
     out_channels = x.shape[1] * case.multiplier
-    kernels = weight[torch.arange(out_channels) % weight.shape[0]]
+    kernels = weight[torch.arange(out_channels, device=weight.device) % weight.shape[0]]
     padded = F.pad(x, case.padding)
     return F.conv2d(padded, kernels, _own_bias(bias, x.dtype), case.stride, 0, case.dilation, groups=x.shape[1])
 
@@ -213,14 +213,15 @@ def assert_within_budget(
         allowed = bound * largest
     else:
         assert yardstick is not None and yardstick.dtype == actual.dtype
-        torch_error = (yardstick.detach().double() - truth).abs().max().item()
+        yardstick = yardstick.detach().to(device=truth.device, dtype=torch.float64)
+        torch_error = (yardstick - truth).abs().max().item()
         allowed = 2 * (torch_error + torch.finfo(dtype).eps * largest)
     worst = error.max().item()
     assert worst <= allowed, f"{what}: error {worst:.3e} > {allowed:.3e}; {describe_errors(error, allowed)}"
     size = truth.norm().item()
     if error.norm().item() > bound * size:
         message = f"{what}: relative norm of the error {error.norm().item() / max(size, 1e-300):.3e} > {bound:.0e}"
-        if yardstick is not None and (yardstick.detach().double() - truth).norm().item() > bound * size / 2:
+        if yardstick is not None and (yardstick.double() - truth).norm().item() > bound * size / 2:
             raise IllConditionedError(message + ", and torch's own result is no better")
         raise AssertionError(message)
 
@@ -378,6 +379,17 @@ def _kink_distance(tensors: Tensors, case: DwCase | DsCase, name: str, offsets: 
     return torch.stack([(moved - kink).abs().amin(2) for kink in KINKS[activation]]).amin(0)
 
 
+def move(tensor: Tensor, device: str) -> Tensor:
+    """The tensor on another device with its strides, its offset and what lies around it in memory."""
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    whole = tensor.new_empty(0).set_(tensor.untyped_storage(), 0, (elements,), (1,))
+    return whole.to(device).as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
+
+
+def move_all(tensors: Tensors, device: str) -> Tensors:
+    return {name: None if t is None else move(t, device) for name, t in tensors.items()}
+
+
 def to_float64(tensors: Tensors) -> Tensors:
     return {name: None if t is None else t.detach().double() for name, t in tensors.items()}
 
@@ -517,7 +529,7 @@ def gradients(
     names = [name for name in present(tensors) if wanted is None or name in set(wanted)]
     leaves = as_leaves(tensors, names)
     out = function(leaves)
-    grads = torch.autograd.grad(out, [leaves[name] for name in names], grad_output.to(out.dtype))
+    grads = torch.autograd.grad(out, [leaves[name] for name in names], grad_output.to(out.device, out.dtype))
     return out.detach(), dict(zip(names, grads, strict=True))
 
 
@@ -526,13 +538,14 @@ def make_grad_output(case: DwCase | DsCase, shape: Iterable[int]) -> Tensor:
     return draw(shape, generator(case.id + "/grad"), case.data, mean=0.5) + 1
 
 
-def check_forward(case: DwCase | DsCase, dtype: torch.dtype, backend: str) -> None:
-    """Values by the budget; dtype, shape and strides by the inputs alone; inputs untouched."""
-    tensors = make_tensors(case, dtype)
+def check_forward(case: DwCase | DsCase, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
+    """Values by the budget; dtype, shape and strides by the inputs alone; inputs untouched. The truth is the CPU's."""
+    on_cpu = make_tensors(case, dtype)
+    tensors = on_cpu if device == "cpu" else move_all(on_cpu, device)
     copies = {name: None if t is None else t.clone() for name, t in tensors.items()}
     with torch.no_grad():
         out = call(tensors, case, backend)
-        truth = oracle(to_float64(tensors), case)
+        truth = oracle(to_float64(on_cpu), case)
         yardstick = None if dtype == torch.float64 else oracle(tensors, case)
     assert out.dtype == dtype
     expected = torch.empty(truth.shape, dtype=dtype, device="meta", memory_format=memory_format_of(tensors["input"]))
@@ -544,13 +557,18 @@ def check_forward(case: DwCase | DsCase, dtype: torch.dtype, backend: str) -> No
 
 
 def check_gradients(
-    case: DwCase | DsCase, dtype: torch.dtype, backend: str, wanted: Iterable[str] | None = None
+    case: DwCase | DsCase,
+    dtype: torch.dtype,
+    backend: str,
+    wanted: Iterable[str] | None = None,
+    device: str = "cpu",
 ) -> None:
     """Every wanted gradient by the budget, torch's own autograd of the unfused chain being the yardstick."""
-    tensors = make_tensors(case, dtype, kink_free=True)
-    shape = oracle(to_float64(tensors), case).shape
+    on_cpu = make_tensors(case, dtype, kink_free=True)
+    tensors = on_cpu if device == "cpu" else move_all(on_cpu, device)
+    shape = oracle(to_float64(on_cpu), case).shape
     grad_output = make_grad_output(case, shape)
-    _, truth = gradients(lambda t: oracle(t, case), to_float64(tensors), grad_output, wanted)
+    _, truth = gradients(lambda t: oracle(t, case), to_float64(on_cpu), grad_output, wanted)
     yardstick: dict[str, Tensor | None] = dict.fromkeys(truth)
     with torchs_own_memory():
         if dtype != torch.float64:
