@@ -50,9 +50,12 @@ else:
     lib = torch.library.Library("effops", "DEF")
     for _schema in schemas():
         lib.define(_schema)
-for _schema in schemas():
-    if "int[] geometry" in _schema:  # convolutions have Triton twins, Python's alone: see effops/ops/registration.py
-        lib.define(_schema.replace("(", "_triton(", 1))
+
+
+def define_twin(name: str, twin: str) -> None:
+    """Defines operator `twin`, Python's alone, with the schema of operator `name`."""
+    (schema,) = (schema for schema in schemas() if schema.startswith(f"{name}("))
+    lib.define(schema.replace(name, twin, 1))
 
 
 def build_info() -> dict[str, Any]:

@@ -20,6 +20,8 @@ from torch import Tensor
 from effops import _library
 from effops.ops import geometry as G
 
+_twins: dict[str, list[str]] = {}  # other operators of the same schema and the same fake, by name
+
 # Read once, like Triton's own decorator does: kernels are either compiled or interpreted for the whole process.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
@@ -44,7 +46,7 @@ def kernels_of(table: dict[str, Kernels], backend: str, function: str) -> Kernel
 
 
 def register_fake(name: str) -> Callable:
-    """Registers a fake for operator `name` and its Triton twin; it runs only where all tensors are on one device.
+    """Registers a fake for operator `name` and its twins; it runs only where all tensors are on one device.
 
     A meta tensor among real ones makes the dispatcher take the fake; without the check it would answer with
     uninitialised memory.
@@ -59,7 +61,7 @@ def register_fake(name: str) -> Callable:
                 raise RuntimeError(f"effops::{name}: all tensors must be on one device, got {found}")
             return fake(*args)
 
-        for operator in (name, f"{name}_triton"):
+        for operator in (name, *_twins.get(name, ())):
             torch.library.register_fake(f"effops::{operator}", checked, lib=_library.lib)
         return fake
 
@@ -104,7 +106,9 @@ def _register_triton(room: str, name: str) -> Callable:
             launcher = getattr(importlib.import_module(f"effops.ops.{room}.triton"), name)
         return launcher(*args)
 
-    _library.lib.impl(f"{name}_triton", run, "CUDA")
-    if INTERPRETING:
-        _library.lib.impl(f"{name}_triton", run, "CPU")
-    return getattr(torch.ops.effops, f"{name}_triton").default
+    twin = f"{name}_triton"
+    _library.define_twin(name, twin)
+    _twins.setdefault(name, []).append(twin)
+    for key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
+        _library.lib.impl(twin, run, key)
+    return getattr(torch.ops.effops, twin).default
