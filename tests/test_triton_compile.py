@@ -158,8 +158,8 @@ def test_faulty_kernels_are_complained_of(tmp_path: Path) -> None:
         "1 atomic instructions",
         "no load of 16 bytes, which the maps' alignment allows",
     ]
-    assert len(atomic) == 3 and atomic[2].endswith("stands in no CONFIGS")
-    assert len(report["unreached"]) == 1 and "'BLOCK_M': 999" in report["unreached"][0]
+    assert len(atomic) == 3 and atomic[2].endswith("not in its module's configs()")
+    assert report["unreached"] == ["triton_faulty._atomic_kernel {'BLOCK_C': 999}"]
 
 
 GOOD = triton_compile.Usage(

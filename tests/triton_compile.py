@@ -42,6 +42,9 @@ class Limits(NamedTuple):
 LIMITS = {80: Limits(163 * 1024), 90: Limits(227 * 1024), 100: Limits(227 * 1024, tensor_memory=512)}
 
 
+Configs = dict[str, list[dict[str, Any]]]  # kernel: the configs it may be launched with
+
+
 @dataclass(frozen=True)
 class Usage:
     """What a compiled kernel takes and does.
@@ -70,12 +73,22 @@ class Usage:
     dots: list[str]
 
 
+# The constants that say how a kernel is tiled; other ones say what it computes.
+_CHOSEN = ("BLOCK_", "ROWS", "COLS", "GROUP")
+
+
 @dataclass
 class Row:
-    """A launch that some problem makes, and what it compiled to where it was compiled."""
+    """A launch that some problem makes, and what it compiled to where it was compiled.
+
+    Attributes:
+        constants: those of the launch that are numbers, text or None.
+        vector_bytes: the widest access that the maps' alignment allows, as the launch says.
+        signature: what Triton specialises on.
+    """
 
     kernel: str
-    config: dict[str, int]
+    constants: dict[str, Any]
     dtype: str
     layout: str
     problem: str
@@ -85,15 +98,18 @@ class Row:
     seconds: float = 0.0
 
     @property
-    def tile(self) -> str:
-        """The config in words: `64x64, 4 warps, 2 stages`."""
-        blocks = "x".join(str(size) for name, size in self.config.items() if name.startswith("BLOCK_"))
-        return f"{blocks}, {self.config['num_warps']} warps, {self.config['num_stages']} stages"
+    def config(self) -> str:
+        """What a chooser chose, in words: `BLOCK_M 64, BLOCK_C 32, 4 warps, 2 stages, at most 128 registers`."""
+        said = [f"{name} {value}" for name, value in self.constants.items() if name.startswith(_CHOSEN)]
+        said += [f"{self.constants['num_warps']} warps", f"{self.constants['num_stages']} stages"]
+        if self.constants.get("maxnreg"):
+            said.append(f"at most {self.constants['maxnreg']} registers")
+        return ", ".join(said)
 
     @property
     def key(self) -> tuple[str, ...]:
         """What tells launches apart, from coarse to fine."""
-        return self.kernel, self.tile, self.dtype, self.layout, self.signature
+        return self.kernel, self.config, self.dtype, self.layout, self.signature
 
 
 # ---- reading what was compiled: whatever cannot be read is an error, never a zero -----------------------------------
@@ -218,29 +234,26 @@ def complaints(rows: Iterable[Row], arch: int) -> list[str]:
     found = []
     for row in rows:
         if row.usage is not None:
-            name = f"{row.kernel} [{row.tile}] {row.dtype} {row.layout} ({row.problem})"
+            name = f"{row.kernel} [{row.config}] {row.dtype} {row.layout} ({row.problem})"
             found += [f"{where}: {name}: {fault}" for fault in faults(row, arch)]
     compiled = {row.key[:2] for row in rows if row.usage is not None}
     left_out = sorted({row.key[:2] for row in rows} - compiled)
-    return found + [f"{where}: {kernel} [{tile}]: not compiled, --at-most is too low" for kernel, tile in left_out]
+    return found + [f"{where}: {kernel} [{config}]: not compiled, --at-most is too low" for kernel, config in left_out]
 
 
-def table_faults(rows: Iterable[Row], table: dict[str, list[dict[str, int]]]) -> tuple[list[str], list[str]]:
-    """Configs of the rooms' tables that no launch had, and configs of launches that stand in no table."""
+def table_faults(rows: Iterable[Row], configs: Configs) -> tuple[list[str], list[str]]:
+    """Listed configs that no launch has, and launches that no listed config describes."""
     rows = list(rows)
 
-    def agrees(row: Row, room: str, config: dict[str, int]) -> bool:
-        return row.kernel.split(".")[0] == room and config.items() >= row.config.items()
+    def describes(kernel: str, config: dict[str, Any], row: Row) -> bool:
+        return kernel == row.kernel and config.items() <= row.constants.items()
 
+    listed = [(kernel, config) for kernel, of_kernel in configs.items() for config in of_kernel]
     unreached = [
-        f"{room} {config}" for room, configs in table.items() for config in configs
-        if not any(agrees(row, room, config) for row in rows)
-    ]  # fmt: skip
-    unlisted = {
-        f"{row.kernel} {row.config}" for row in rows
-        if not any(agrees(row, room, config) for room, configs in table.items() for config in configs)
-    }  # fmt: skip
-    return unreached, sorted(unlisted)
+        f"{kernel} {config}" for kernel, config in listed if not any(describes(kernel, config, r) for r in rows)
+    ]
+    unlisted = [row for row in rows if not any(describes(kernel, config, row) for kernel, config in listed)]
+    return unreached, sorted({f"{row.kernel} [{row.config}]" for row in unlisted})
 
 
 # ---- recording and compiling ----------------------------------------------------------------------------------------
@@ -289,16 +302,22 @@ def signature_of(launch: Any) -> str:
     return repr((of(launch.arguments), sorted((name, repr(value)) for name, value in launch.constants.items())))
 
 
-def row_of(launch: Any, problem: Any) -> Row:
-    from effops.ops.triton_launch import Config
+def vector_width(constants: dict[str, Any]) -> int:
+    """Elements of the widest access: VEC, one number or one for each kind of map."""
+    vec = constants.get("VEC", 1)
+    return max(vec) if isinstance(vec, tuple) else vec
 
+
+def row_of(launch: Any, problem: Any) -> Row:
     return Row(
         kernel=kernel_name(launch.kernel),
-        config={name: launch.constants[name] for name in Config._fields if name in launch.constants},
+        constants={
+            name: value for name, value in launch.constants.items() if isinstance(value, int | float | str | None)
+        },
         dtype=str(problem.dtype).removeprefix("torch."),
         layout=problem.layout,
         problem=problem.name,
-        vector_bytes=launch.constants.get("VEC", 1) * problem.dtype.itemsize,
+        vector_bytes=vector_width(launch.constants) * problem.dtype.itemsize,
         signature=signature_of(launch),
     )
 
@@ -329,13 +348,18 @@ def by_coverage(rows: list[Row]) -> list[int]:
     return order
 
 
-def leaves(table: Any) -> Iterator[dict[str, int]]:
-    """The configs in a room's CONFIGS: dicts, lists and tuples of them, nested as the room likes."""
-    if hasattr(table, "_asdict"):
-        yield table._asdict()
-    else:
-        for entry in table.values() if isinstance(table, dict) else table:
-            yield from leaves(entry)
+def configs_of(kernels: Iterable[Any]) -> Configs:
+    """What the modules of these kernels list as theirs.
+
+    Such a module has a function configs(), which returns for the name of each kernel the configs its choosers can
+    return, each as a dict of the launch's constants.
+    """
+    modules = {kernel.fn.__module__ for kernel in kernels}
+    return {
+        f"{room_name(module)}.{kernel}": list(configs)
+        for module in sorted(modules)
+        for kernel, configs in getattr(sys.modules[module], "configs", dict)().items()
+    }
 
 
 def compile_row(row: Row, launch: Any) -> None:
@@ -349,7 +373,7 @@ def describe(row: Row) -> str:
     usage = row.usage
     loads = " ".join(f"{count}x{size}B" for size, count in sorted(usage.loads.items(), key=lambda item: -int(item[0])))
     return (
-        f"{row.seconds:5.1f} s  {row.kernel} [{row.tile}] {row.dtype} {row.layout}: {usage.registers} registers, "
+        f"{row.seconds:5.1f} s  {row.kernel} [{row.config}] {row.dtype} {row.layout}: {usage.registers} registers, "
         f"stack {usage.stack}, shared {usage.shared}, loads {loads} {' '.join(usage.matrix)} ({row.problem})"
     )
 
@@ -384,14 +408,14 @@ def main() -> int:
         if args.verbose:
             print(f"sm_{args.arch} {place}/{len(chosen)} {describe(row)}", flush=True)
     rows = [row for row, _ in found]
-    rooms = {listed.room(problem.op) for problem in problems}
-    table = {room_name(room.__name__): list(leaves(room.CONFIGS)) for room in rooms}
-    unreached, unlisted = table_faults(rows, table)
-    wrong = complaints(rows, args.arch) + [f"sm_{args.arch}: {line}: stands in no CONFIGS" for line in unlisted]
+    unreached, unlisted = table_faults(rows, configs_of(launch.kernel for _, launch in found))
+    wrong = complaints(rows, args.arch) + [
+        f"sm_{args.arch}: {line}: not in its module's configs()" for line in unlisted
+    ]
     if args.json:
         report = {
             "triton": triton.__version__, "arch": args.arch, "limits": LIMITS[args.arch]._asdict(), "complaints": wrong,
-            "unreached": unreached, "rows": [asdict(row) | {"tile": row.tile} for row in rows],
+            "unreached": unreached, "rows": [asdict(row) | {"config": row.config} for row in rows],
         }  # fmt: skip
         args.json.write_text(json.dumps(report, indent=1))
     print(*wrong, sep="\n", file=sys.stderr)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
-from types import ModuleType
 
 import torch
 import triton
@@ -12,11 +10,7 @@ import triton.language as tl
 
 from effops.ops import triton_launch as L
 
-USED = L.Config(BLOCK_M=128, BLOCK_C=128, BLOCK_K=0, num_warps=1, num_stages=1)
-SMALL = L.Config(BLOCK_M=1, BLOCK_C=32, BLOCK_K=0, num_warps=1, num_stages=1)
-CONFIGS = (USED, L.Config(BLOCK_M=999, BLOCK_C=0, BLOCK_K=0, num_warps=8, num_stages=1))  # nothing launches the second
-
-OPS = ("spilling", "unlisted")
+OPS = ("spilling", "atomic")
 
 
 @triton.jit
@@ -28,7 +22,7 @@ def _spilling_kernel(x, y, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 
 @triton.jit
-def _atomic_kernel(x, y, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
+def _atomic_kernel(x, y, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
     """Reads one element at a time, where VEC says that 8 are possible, and adds in whatever order programs arrive."""
     place = tl.arange(0, BLOCK_C)
     tl.atomic_add(y + place, tl.load(x + 3 * place))
@@ -45,20 +39,17 @@ class Problem:
         return self.op
 
 
-def room(op: str) -> ModuleType:
-    return sys.modules[__name__]
-
-
 def launch(problem: Problem) -> None:
     x = torch.empty(1 << 16, device="meta")
     if problem.op == "spilling":
-        L.launch(_spilling_kernel, 1, x, x, torch.empty_like(x), **_constants(USED))
+        L.launch(_spilling_kernel, 1, x, x, torch.empty_like(x), BLOCK_M=128, BLOCK_C=128, num_warps=1, num_stages=1)
     else:
-        L.launch(_atomic_kernel, 1, x, x, torch.empty_like(x), VEC=4, **_constants(SMALL))
+        L.launch(_atomic_kernel, 1, x, x, torch.empty_like(x), VEC=4, BLOCK_C=32, num_warps=1, num_stages=1)
 
 
-def _constants(config: L.Config) -> dict[str, int]:
-    return {name: value for name, value in config._asdict().items() if name != "BLOCK_K"}
+def configs() -> dict[str, list[dict[str, int]]]:
+    """One that nothing launches, and none for what is launched."""
+    return {"_spilling_kernel": [{"BLOCK_M": 128, "num_warps": 1}], "_atomic_kernel": [{"BLOCK_C": 999}]}
 
 
 PROBLEMS = tuple(map(Problem, OPS))

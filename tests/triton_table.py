@@ -14,11 +14,11 @@ Entry = tuple[str, str, str, str]  # kernel, config in words, dtype, layout
 _HEAD = """\
 # What the Triton kernels take of a GPU
 
-Written by `make kernels`, not by hand. Every kernel and config of the shipped tables was compiled ahead of time with
-Triton {triton} for {archs}, on a machine without a GPU: **nothing in this table was run on one**, it is what the
-compiler says. Each line stands for all launches of that kernel, config, dtype and memory format which the problems of
-`tests/triton_problems.py` make, and shows the largest figure among them. The limits, and what is held against them, are
-in `tests/triton_compile.py`.
+Written by `make kernels`, not by hand. Every kernel, with every config its chooser can choose, was compiled ahead of
+time with Triton {triton} for {archs}, on a machine without a GPU: **nothing in this table was run on one**, it
+is what the compiler says. Each line stands for all launches of that kernel, config, dtype and memory format which the
+problems of `tests/triton_problems.py` make, and shows the largest figure among them. The limits, and what is held
+against them, are in `tests/triton_compile.py`.
 
 * *registers* of a thread (255 at most) / *shared memory* of a program in KiB ({limits});
   *spill* bytes of a thread are shown where there are any.
@@ -32,13 +32,13 @@ in `tests/triton_compile.py`.
 
 def table_entry(row: dict[str, Any]) -> Entry:
     """A report's row by what names a line of the table."""
-    return row["kernel"], row["tile"], row["dtype"], row["layout"]
+    return row["kernel"], row["config"], row["dtype"], row["layout"]
 
 
 def kernels_in_table(markdown: str) -> set[Entry]:
     """The lines of the table."""
     lines = re.findall(r"^\| `(.*?)` \| (.*?) \| (.*?) \| (.*?) \|", markdown, re.MULTILINE)
-    return {(kernel, tile, dtype, layout) for kernel, tile, dtype, layout in lines}
+    return {(kernel, config, dtype, layout) for kernel, config, dtype, layout in lines}
 
 
 def _taken(usages: list[dict[str, Any]]) -> str:
@@ -79,7 +79,7 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
     for report in reports:
         for row in report["rows"]:
             if row["usage"] is None:
-                raise ValueError(f"{row['kernel']} [{row['tile']}] was not compiled: leave out --at-most")
+                raise ValueError(f"{row['kernel']} [{row['config']}] was not compiled: leave out --at-most")
             lines.setdefault(table_entry(row), {arch: [] for arch in archs})[report["arch"]].append(row["usage"])
     names = [f"sm_{arch}" for arch in archs]
     head = _HEAD.format(
