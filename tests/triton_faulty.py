@@ -23,7 +23,7 @@ def _spilling_kernel(x, y, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr):
 
 @triton.jit
 def _atomic_kernel(x, y, VEC: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Reads one element at a time, where VEC says that 8 are possible, and adds in whatever order programs arrive."""
+    """Reads one element at a time, where VEC says that 4 are possible, and adds in whatever order programs arrive."""
     place = tl.arange(0, BLOCK_C)
     tl.atomic_add(y + place, tl.load(x + 3 * place))
 
