@@ -111,8 +111,7 @@ def test_kernels_stay_within_the_limits(reports: dict[Run, Future[dict]], run: R
     skip_without_other_triton(run.other)
     report = reports[run].result()
     compiled = [row for row in report["rows"] if row["usage"] is not None]
-    assert {row["kernel"] for row in compiled} == {row["kernel"] for row in report["rows"]}
-    assert EVERYTHING or len(compiled) <= run.at_most
+    assert len(compiled) == (len(report["rows"]) if EVERYTHING else run.at_most)
     assert not report["complaints"], "\n" + "\n".join(report["complaints"])
 
 
@@ -170,7 +169,7 @@ def test_faulty_kernels_are_complained_of(tmp_path: Path) -> None:
     assert len(spilling) == 1 and "spills: " in spilling[0]
     assert [line.split("): ")[-1].split(":")[0] for line in atomic[:2]] == [
         "1 atomic instructions",
-        "no access of 16 bytes, which the maps' alignment allows",
+        "no load of 16 bytes, which the maps' alignment allows",
     ]
     assert len(atomic) == 3 and atomic[2].endswith("not in its module's configs()")
     assert report["unreached"] == ["triton_faulty._atomic_kernel {'BLOCK_C': 999}"]
@@ -197,8 +196,8 @@ ROW = triton_compile.Row(
         ({"atomics": 2}, "2 atomic instructions: results would differ from run to run"),
         ({"matrix": []}, "a product of half-precision tiles without tensor cores"),
         ({"matrix": [], "dots": ["f32"]}, None),
-        ({"loads": {"8": 1, "2": 9}}, None),
-        ({"loads": {"8": 1}, "stores": {"8": 1}}, "no access of 16 bytes, which the maps' alignment allows"),
+        ({"loads": {"8": 1, "2": 9}}, "no load of 16 bytes, which the maps' alignment allows"),
+        ({"loads": {}}, None),
     ],
 )
 def test_limits(change: dict, fault: str | None) -> None:
@@ -207,7 +206,7 @@ def test_limits(change: dict, fault: str | None) -> None:
 
 
 def test_order_of_compiling() -> None:
-    """One of every kernel, of every kernel and config (a part of them first), of every dtype, layout, the rest."""
+    """Of several parts each its share of the pairs; one of every kernel, kernel and config, dtype, layout; the rest."""
 
     def row(kernel: str, warps: int, dtype: str, layout: str, signature: str) -> triton_compile.Row:
         return triton_compile.Row(kernel, {"num_warps": warps, "num_stages": 1}, dtype, layout, "", 1, signature)
@@ -221,14 +220,7 @@ def test_order_of_compiling() -> None:
         row("b", 4, "f", "n", "0"),
     ]
     assert triton_compile.by_coverage(rows) == [0, 5, 4, 3, 2, 1]
-    rows.append(row("b", 8, "f", "n", "0"))
-    assert triton_compile.by_coverage(rows) == [0, 5, 4, 6, 3, 2, 1]
-    assert triton_compile.by_coverage(rows, 1, 2) == [0, 5, 4, 6, 3, 2, 1]
-    assert triton_compile.by_coverage(rows, 1, 4)[:3] == [0, 5, 4] and triton_compile.by_coverage(rows, 3, 4)[:3] == [
-        0,
-        5,
-        6,
-    ]
+    assert triton_compile.by_coverage(rows, 1, 2) == [4, 0, 5, 3, 2, 1]
 
 
 # What cuobjdump and Triton write, and one change to each that must not be read as a zero.

@@ -102,9 +102,8 @@ class Row:
     def config(self) -> str:
         """What a chooser chose, in words: `BLOCK_M 64, BLOCK_C 32, 4 warps, 2 stages, at most 128 registers`."""
         said = [f"{name} {value}" for name, value in self.constants.items() if name.startswith(_CHOSEN)]
-        said += [f"{self.constants['num_warps']} warps", f"{self.constants['num_stages']} stages"]
-        if self.constants.get("maxnreg"):
-            said.append(f"at most {self.constants['maxnreg']} registers")
+        words = {"num_warps": "{} warps", "num_stages": "{} stages", "maxnreg": "at most {} registers"}
+        said += [text.format(self.constants[name]) for name, text in words.items() if self.constants.get(name)]
         return ", ".join(said)
 
     @property
@@ -222,9 +221,9 @@ def faults(row: Row, arch: int) -> Iterator[str]:
         yield f"{usage.atomics} atomic instructions: results would differ from run to run"
     if {"f16", "bf16"} & set(usage.dots) and not usage.matrix:
         yield "a product of half-precision tiles without tensor cores"
-    widest = max(map(int, usage.loads | usage.stores), default=0)
+    widest = max(map(int, usage.loads), default=row.vector_bytes)
     if row.kernel.startswith(MEMORY_BOUND) and widest < row.vector_bytes:
-        yield f"no access of {row.vector_bytes} bytes, which the maps' alignment allows"
+        yield f"no load of {row.vector_bytes} bytes, which the maps' alignment allows"
 
 
 def complaints(rows: Iterable[Row], arch: int) -> list[str]:
@@ -300,7 +299,12 @@ def signature_of(launch: Any) -> str:
 
 
 def vector_width(constants: dict[str, Any]) -> int:
-    """Elements of the widest access: VEC, one number or one for each kind of map."""
+    """Elements of the widest load of a map: VEC, one number or one for each kind of map.
+
+    With a channel multiplier neighbouring output channels read the same input channel, one by one.
+    """
+    if "WINDOW" in constants and constants["WINDOW"].MULT > 1:
+        return 1
     vec = constants.get("VEC", 1)
     return max(vec) if isinstance(vec, tuple) else vec
 
@@ -336,17 +340,16 @@ def record(problems: Iterable[Any], call: Callable[[Any], None]) -> list[tuple[R
 def by_coverage(rows: list[Row], part: int = 0, parts: int = 1) -> list[int]:
     """The rows' numbers in the order in which to compile them, however many there will be time for.
 
-    First one of every kernel; then one of every kernel and config, every parts-th of them first, so that `parts`
-    processes see different ones; then one of each with every dtype, with every layout, and the rest.
+    One of every kernel, one of every kernel and config, one of each with every dtype, with every layout, the rest. Of
+    several parts, which between them see every kernel and config, each has its share of these first.
     """
     firsts: dict[tuple[str, ...], int] = {}  # of every key, cut at every length, the first row
     for number, row in enumerate(rows):
         for length in range(1, len(row.key) + 1):
             firsts.setdefault(row.key[:length], number)
-    of_length = [[number for key, number in firsts.items() if len(key) == length] for length in range(1, 6)]
-    kernels, pairs, *finer = of_length
-    order = [kernels, pairs[part::parts], pairs, *finer]
-    return list(dict.fromkeys(number for numbers in order for number in numbers))
+    kernels, pairs, *finer = ([n for key, n in firsts.items() if len(key) == length] for length in range(1, 6))
+    share = pairs[part::parts] if parts > 1 else []
+    return list(dict.fromkeys(number for numbers in (share, kernels, pairs, *finer) for number in numbers))
 
 
 def configs_of(kernels: Iterable[Any]) -> Configs:
@@ -386,7 +389,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--at-most", type=int, metavar="N", help="compile N launches (default: all), widest coverage first"
     )
-    parser.add_argument("--part", default="0/1", metavar="I/N", help="with --at-most: start where others of N do not")
+    parser.add_argument(
+        "--part", default="0/1", metavar="I/N", help="with --at-most: the share of I of N processes first"
+    )
     parser.add_argument("--only", default="", metavar="REGEX", help="problems whose name matches")
     parser.add_argument("--problems", default="triton_problems", metavar="MODULE", help="another list of problems")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
