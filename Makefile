@@ -27,7 +27,7 @@ KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 .PHONY: help run test test-all lint format bench kernels other-triton build sanitize clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 run: build ## photographs through MobileNetV2 and VGNetG-1.0MP, stock PyTorch and effops (IMAGES=DIR)
 	$(PY) -m effops run $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)

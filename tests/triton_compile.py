@@ -27,10 +27,15 @@ from typing import Any, NamedTuple
 
 
 class Limits(NamedTuple):
-    """What one program may take. 255 registers a thread are all that an instruction can name; no spill and no local
-    array, for they are memory traffic that no picture of a tiling counts; shared memory is what CUDA's programming
-    guide grants one block (the multiprocessor's, less 1 KiB that the system keeps); tensor memory is one
-    multiprocessor's."""
+    """What a program may take at most, and why no more.
+
+    Attributes:
+        shared: bytes of shared memory. What CUDA's programming guide grants one block: the multiprocessor's, less the
+            KiB that the system keeps.
+        tensor_memory: columns of tensor memory, all that a multiprocessor has.
+        registers: a thread's. As many as an instruction can name.
+        stack, local: bytes a thread. A spill is memory traffic that the picture of no tiling counts.
+    """
 
     shared: int
     tensor_memory: int = 0
@@ -39,9 +44,8 @@ class Limits(NamedTuple):
     local: int = 0
 
 
-MEMORY_BOUND = ("dwconv.", "triton_faulty.")  # kernels that must use the widest accesses
 LIMITS = {80: Limits(163 * 1024), 90: Limits(227 * 1024), 100: Limits(227 * 1024, tensor_memory=512)}
-
+MEMORY_BOUND = ("dwconv.", "triton_faulty.")  # kernels that must use the widest loads the maps allow
 
 Configs = dict[str, list[dict[str, Any]]]  # kernel: the configs it may be launched with
 

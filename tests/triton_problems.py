@@ -22,8 +22,15 @@ from effops.ops import geometry as G
 from effops.ops.dwconv import banks
 from effops.ops.epilogue import output_gives_gradient
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-LAYOUTS = ("channels_last", "contiguous")
+DTYPES_AND_LAYOUTS = (
+    (torch.float16, "channels_last"),
+    (torch.float16, "contiguous"),
+    (torch.bfloat16, "channels_last"),  # in NCHW it is float16 but for two conversions
+    (torch.float32, "channels_last"),
+    (torch.float32, "contiguous"),
+    (torch.float64, "channels_last"),
+    (torch.float64, "contiguous"),
+)
 
 HEAVIEST = replace(FULL, activation="gelu", post_activation="silu")
 SAVED = Epi(bias=True, activation="relu6")  # its derivative is read off the saved output
@@ -194,13 +201,12 @@ def _problems() -> Iterator[Problem]:
     )
     for ops, cases in lists:
         for case, bank in cases:
-            for dtype in DTYPES:
-                for layout in LAYOUTS:
-                    laid_out = _laid_out(case, layout)
-                    for op in ops:
-                        yield Problem(op, laid_out, dtype, bank)
-                        if op.startswith("dsconv") and dtype == torch.float32:
-                            yield Problem(op, laid_out, dtype, bank, tf32=True)
+            for dtype, layout in DTYPES_AND_LAYOUTS:
+                laid_out = _laid_out(case, layout)
+                for op in ops:
+                    yield Problem(op, laid_out, dtype, bank)
+                    if op.startswith("dsconv") and dtype == torch.float32:
+                        yield Problem(op, laid_out, dtype, bank, tf32=True)
 
 
 def _laid_out(case: DwCase | DsCase, layout: str) -> DwCase | DsCase:
