@@ -67,7 +67,7 @@ def _sums(
             u, x, weight, n, h, w, inside, o // WINDOW.MULT, o, live, sizes, WINDOW, ROWS, 1, False, VEC
         )  # fmt: skip
     else:
-        u = (depthwise_tile(x, weight, n, p, q, inside, o, live, sizes, WINDOW, VEC),)
+        u = (depthwise_tile(x, weight, n, p, q, inside, o, live, sizes, WINDOW, VEC, 9),)  # nine taps in flight
     return u
 
 
@@ -429,6 +429,7 @@ class Tile(NamedTuple):
         ROWS: target rows of a cell; 1 where the window is not unrolled.
         UNROLLED: whether the window is unrolled.
         num_warps: warps a program.
+        maxnreg: bound on a thread's registers. Left alone the assembler starts every load of a window at once.
     """
 
     BLOCK_M: int
@@ -436,16 +437,57 @@ class Tile(NamedTuple):
     ROWS: int
     UNROLLED: bool
     num_warps: int
+    maxnreg: int | None
 
 
-def tile(kernel: str, x: Tensor, channels: int, window: Window, geometry: list[int]) -> Tile:
-    unrolled = window.R * window.S <= 25 and window.SH * window.SW <= 4
-    rows = 2 * window.SH if kernel == "input_gradient" else 2
-    if not unrolled:
-        rows = 1
+# The shipped table: kernel -> {taps at most: {bytes of an element: (channels_last, NCHW)}}, each of them (elements of
+# a row of a cell a thread, rows of a cell, bound on registers), or None: a loop over the window's rows or taps. Forward, statistics and gradients at the sums keep
+# elements x rows sums a thread, the weight's gradient elements x taps. Windows with more taps than listed are loops.
+_MEDIUM = {2: (None, (2, 2, 128)), 4: (None, (2, 2, 128)), 8: (None, (1, 2, 128))}
+_SMALL = {2: ((8, 4, 168), (2, 4, 128)), 4: ((4, 4, 128), (2, 4, 128)), 8: ((2, 4, 168), (1, 4, 128))}
+_SUMS = {9: _SMALL, 25: _MEDIUM}
+# The epilogue's vectors stand beside the sums.
+_EPILOGUE = {9: _SMALL | {2: ((8, 2, 168), (2, 4, 128))}, 25: _MEDIUM}
+_TABLE = {
+    "forward": _EPILOGUE,
+    "epilogue_gradient": _EPILOGUE,
+    "statistics": _SUMS,
+    "input_gradient": {
+        9: _SMALL,
+        25: {2: ((8, 2, 168), (2, 2, 128)), 4: ((4, 4, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
+    },
+    "weight_gradient": {
+        9: {2: ((8, 2, 128), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
+        25: {2: ((4, 1, 168), (2, 1, 128)), 4: ((4, 1, 200), (2, 1, 128)), 8: ((1, 2, 128), (1, 1, 128))},
+    },
+}
+_LOOPED = {2: ((8, 1, 128), (2, 1, 128)), 4: ((4, 1, 128), (2, 1, 128)), 8: ((2, 1, 128), (1, 1, 128))}
+_WARPS = 4
+
+
+def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: int) -> Tile:
+    """The configuration of a kernel by dtype, layout, window and channels.
+
+    Args:
+        kernel: a key of the table.
+        x: its dtype and device count.
+        channels: of the tiles.
+        channels_last: whether a thread's neighbours are channels or pixels.
+    """
+    entries, taps = _TABLE[kernel], window.R * window.S
+    limit = min((most for most in entries if taps <= most), default=None)
+    layout = 0 if channels_last else 1
+    entry = entries[limit][x.element_size()][layout] if limit else None
+    # A cell is a whole number of strides: of a stride above 2 it would be too large to unroll.
+    unrolled = entry is not None and max(window.SH, window.SW) <= 2
+    elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
+    if kernel == "input_gradient" and unrolled:
+        rows = max(window.SH, rows // window.SW // window.SH * window.SH)
     if L.INTERPRETED:
-        return Tile(64, 16, rows, unrolled, 4)
-    return Tile(16, 64, rows, unrolled, 4)
+        return Tile(64, 16, rows, unrolled, _WARPS, None)
+    block_c = min(64, triton.next_power_of_2(channels)) if channels_last else 1
+    threads = 32 * _WARPS
+    return Tile(max(1, elements * threads // block_c), block_c, rows, unrolled, _WARPS, maxnreg)
 
 
 def _cells(n: int, p: int, q: int, rows: int, cols: int) -> int:
@@ -463,7 +505,7 @@ def dwconv_fwd(
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)
     output = fake_output(input, (input.shape[0], sizes.D, sizes.P, sizes.Q), geometry)
     maps = (input, residual, output)
-    t = tile("forward", input, sizes.D, window, geometry)
+    t = tile("forward", input, sizes.D, window, geometry[G.CHANNELS_LAST])
     cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
     vec = L.vector_width(maps, (input.shape[1], sizes.D))
     bank, window = L.bank_of(weight, window, sizes, vec)
@@ -493,7 +535,7 @@ def input_gradient(grad: Tensor, weight: Tensor, input: Tensor, geometry: list[i
     window = L.window_of(weight, geometry)
     dx = fake_output(input, input.shape, geometry)
     sizes = Sizes(grad.shape[2], grad.shape[3], h, w, n * h * w, c)
-    t = tile("input_gradient", input, c, window, geometry)
+    t = tile("input_gradient", input, c, window, geometry[G.CHANNELS_LAST])
     cols = window.SW if t.UNROLLED else 1
     cells = _cells(n, h, w, t.ROWS, cols)
     maps = (grad, dx)
@@ -523,7 +565,7 @@ def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: list[
         float32 (float64 for float64), rounded once.
     """
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)._replace(TAPS=None)
-    t = tile("weight_gradient", input, sizes.D, window, geometry)
+    t = tile("weight_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST])
     taps = window.R * window.S
     group = taps if t.UNROLLED else 8
     cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
@@ -561,7 +603,7 @@ def _epilogue_gradient(
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)
     chain = L.depthwise_chain(geometry, slope)
     recompute = output is None and (chain.ACT != NONE or chain.POST != NONE or wanted[2])
-    t = tile("epilogue_gradient", input, sizes.D, window, geometry)
+    t = tile("epilogue_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST])
     if not recompute:
         t = t._replace(ROWS=1)
     cells, channel_blocks = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1), triton.cdiv(sizes.D, t.BLOCK_C)
@@ -614,7 +656,7 @@ def dwconv_bwd(
 def dwconv_stats(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> tuple[Tensor, Tensor]:
     """The operator `dwconv_stats` of schemas.inc."""
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)
-    t = tile("statistics", input, sizes.D, window, geometry)
+    t = tile("statistics", input, sizes.D, window, geometry[G.CHANNELS_LAST])
     cells, channel_blocks = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1), triton.cdiv(sizes.D, t.BLOCK_C)
     steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
     blocks = triton.cdiv(cells, t.BLOCK_M * steps)
@@ -663,7 +705,7 @@ def _statistics_gradient(
         (input.shape[0], sizes.D, sizes.P, sizes.Q), dtype=mean.dtype, device=input.device,
         memory_format=G.memory_format(geometry[G.CHANNELS_LAST]),
     )  # fmt: skip
-    t = tile("forward", input, sizes.D, window, geometry)
+    t = tile("forward", input, sizes.D, window, geometry[G.CHANNELS_LAST])
     cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
     maps = (input, du)
     vec = L.vector_width(maps, (input.shape[1], sizes.D))
