@@ -62,7 +62,7 @@ class Window(NamedTuple):
         TOP, LEFT: padding.
         DH, DW: dilation.
         MULT: output channels an input channel.
-        B: kernels in the bank; output channel o uses kernel o mod B.
+        B: kernels in the bank; output channel o uses kernel o mod B. 0: the bank is packed, taps [R*S, channels].
         TAPS: the bank's values where they are fixed, B tuples of R * S floats; else None.
     """
 
@@ -195,6 +195,20 @@ def pixels_of(m, sizes):
 
 
 @triton.jit
+def strip_pixels_of(m, sizes, STRIP: tl.constexpr):
+    """Pixel numbers as (n, p, q) where images are numbered in column strips of this width, a divisor of Q.
+
+    A block of consecutive pixels is then a near-square patch, whose window reaches fewer pixels beyond it than that of
+    a few whole rows: a quarter of the traffic between L2 and L1 at 64 pixels of a 56-wide map.
+    """
+    column = m % STRIP
+    rows = m // STRIP
+    strips = rows // sizes.P
+    count = sizes.Q // STRIP
+    return strips // count, rows % sizes.P, (strips % count) * STRIP + column
+
+
+@triton.jit
 def tile_pointers(x, n, h, w, c, VEC: tl.constexpr):
     """Pointers [pixels, channels] to x[n, c, h, w], for pixel vectors n, h, w and a channel vector c."""
     pixels = n * x.n + h * x.h + w * x.w
@@ -253,6 +267,13 @@ def tap_vector(weight, o, live, tap, WINDOW: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
+def packed_tap_vector(weight, o, live, tap, sizes, VEC: tl.constexpr, ACC: tl.constexpr):
+    """The same from a bank packed by `triton_launch.pack_bank`: channels lie side by side, as in the map."""
+    row = tl.multiple_of(tap * sizes.D, VEC)
+    return tl.load(weight + (row + o), mask=live, other=0.0).to(ACC)
+
+
+@triton.jit
 def fixed_tap_vector(o, TAP: tl.constexpr, WINDOW: tl.constexpr, ACC: tl.constexpr):
     """The same for fixed kernels: constants, no load."""
     bank: tl.constexpr = WINDOW.TAPS
@@ -278,27 +299,38 @@ def depthwise_tap(u, x, weight, n, p, q, inside, o, live, r, s, sizes, WINDOW: t
     h, w, in_map = window_pixels(p, q, r, s, sizes, WINDOW)
     mask = (inside & in_map)[:, None] & live[None, :]
     value = load_tile(x, n, h, w, o // WINDOW.MULT, mask, VEC)
-    if WINDOW.TAPS is None:
-        tap = tap_vector(weight, o, live, r * WINDOW.S + s, WINDOW, u.dtype)
-    else:
+    if WINDOW.TAPS is not None:
         tap = fixed_tap_vector(o, r * WINDOW.S + s, WINDOW, u.dtype)
+    elif WINDOW.B == 0:
+        tap = packed_tap_vector(weight, o, live, r * WINDOW.S + s, sizes, VEC, u.dtype)
+    else:
+        tap = tap_vector(weight, o, live, r * WINDOW.S + s, WINDOW, u.dtype)
     return u + value.to(u.dtype) * tap[None, :]
 
 
 @triton.jit
-def depthwise_tile(x, weight, n, p, q, inside, o, live, sizes, WINDOW: tl.constexpr, VEC: tl.constexpr):
+def depthwise_tile(
+    x, weight, n, p, q, inside, o, live, sizes,
+    WINDOW: tl.constexpr, VEC: tl.constexpr, UNROLLED: tl.constexpr = _UNROLLED_TAPS,
+):  # fmt: skip
     """u[pixel, o] = sum over taps of weight[o mod B, r, s] * x[n, o // MULT, p * SH + r * DH - TOP, ...].
 
     Args:
         x: the input `Map`. weight: the bank [B,1,R,S], contiguous.
         n, p, q, inside: output pixels of the tile, and which exist.
         o, live: output channels of the tile, and which exist.
+        UNROLLED: how many taps may be in flight together. Where the window has more, they are a row's, or one: a tile
+            that shares its registers with a dot's sums has none for nine taps' loads.
     """
     rows: tl.constexpr = WINDOW.R
     columns: tl.constexpr = WINDOW.S
     u = tl.zeros((n.shape[0], o.shape[0]), accumulator(x.data.dtype.element_ty))
-    if rows * columns <= _UNROLLED_TAPS:
+    if WINDOW.TAPS is not None or rows * columns <= UNROLLED:  # fixed taps are constants, whose number must be one too
         for r in tl.static_range(rows):
+            for s in tl.static_range(columns):
+                u = depthwise_tap(u, x, weight, n, p, q, inside, o, live, r, s, sizes, WINDOW, VEC)
+    elif columns <= UNROLLED:
+        for r in range(rows):
             for s in tl.static_range(columns):
                 u = depthwise_tap(u, x, weight, n, p, q, inside, o, live, r, s, sizes, WINDOW, VEC)
     else:

@@ -17,6 +17,26 @@ from effops.ops.triton_device import Affine, Chain, Map, Sizes, Window
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 
+
+def _let_scalars_bound_loops() -> None:
+    """Lets the interpreter run `for i in range(n)` with n computed in the kernel.
+
+    It asks for int() of an array of one element, which NumPy refuses from 2.4 on (Triton 3.6).
+    """
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_and_mend(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    interpreter._patch_lang_tensor = patch_and_mend
+
+
+if INTERPRETED:
+    _let_scalars_bound_loops()
+
 _ACCESS_BYTES = 16  # the widest load of a thread
 _MAX_INT = 2**31 - 1
 
@@ -94,6 +114,45 @@ def needs_wide(maps: Iterable[Tensor | None], sizes: Sizes, window: Window) -> b
     return reach > _MAX_INT
 
 
+def dot_precision(x: Tensor) -> str:
+    """How `tl.dot` may round float32: TF32 where torch lets its own convolutions, else not at all."""
+    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def processors(x: Tensor) -> int:
+    """Multiprocessors of the tensor's device; an H200's where there is none."""
+    if x.is_cuda:
+        return torch.cuda.get_device_properties(x.device).multi_processor_count
+    return 132
+
+
+def strip_width(columns: int, pixels: int) -> int:
+    """Width of the column strips in which a block of so many pixels is about square: a divisor of `columns`.
+
+    All of them where every narrower divisor is too narrow to be worth it.
+    """
+    for width in range(min(math.isqrt(pixels) * 3 // 2, columns), 3, -1):
+        if columns % width == 0:
+            return width
+    return columns
+
+
+def bank_of(weight: Tensor, window: Window, sizes: Sizes, vec: int) -> tuple[Tensor, Window]:
+    """The bank as `depthwise_tile` reads it: as it is, or packed [R*S, channels] where a copy first pays.
+
+    In the order of the weight a thread that holds eight channels of a pixel reads a tap of each by itself: four times
+    as many loads as of the map. Packed, the eight are one load. Not worth a kernel for little work, and of no use
+    where channels do not lie side by side in the maps.
+    """
+    worthwhile = sizes.M * sizes.D >= (2**10 if INTERPRETED else 2**23)
+    if window.TAPS is not None or vec == 1 or not worthwhile:
+        return weight.contiguous(), window
+    copies = -(-sizes.D // window.B)
+    packed = weight.flatten(1).t().repeat(1, copies)[:, : sizes.D].contiguous()
+    return packed, window._replace(B=0)
+
+
 class Config(NamedTuple):
     """A kernel's tile (pixels, channels of the depthwise convolution, output channels) and its launch parameters."""
 
@@ -102,6 +161,7 @@ class Config(NamedTuple):
     BLOCK_K: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None  # bound on a thread's registers; None leaves it to the assembler
 
 
 def architecture(x: Tensor) -> int:
