@@ -337,3 +337,122 @@ def depthwise_tile(
         for tap in range(rows * columns):
             u = depthwise_tap(u, x, weight, n, p, q, inside, o, live, tap // columns, tap % columns, sizes, WINDOW, VEC)
     return u
+
+
+# ---- a window over cells --------------------------------------------------------------------------------------------
+#
+# A cell is ROWS x COLS neighbouring target pixels of one thread: what it loads from the source serves every pixel of
+# the cell whose window covers it. Two problems have this form:
+#   forward    target: the sums, source: the input. The cell's origin in the source is (p * SH - TOP, q * SW - LEFT).
+#   BACKWARD   target: the gradient of the input, source: the gradient of the sums. ROWS and COLS are multiples of the
+#              stride, so that which taps reach which pixel is known when compiling. The origin is (p / SH, q / SW).
+
+
+@triton.constexpr_function
+def _axis(window, along_rows):
+    """(taps, stride, padding, dilation) of the window along one axis."""
+    rows, columns, sh, sw, top, left, dh, dw = window[:8]  # a bare tuple by now, no Window
+    return (rows, sh, top, dh) if along_rows else (columns, sw, left, dw)
+
+
+@triton.constexpr_function
+def _tap(i, offset, axis, backward):
+    taps, stride, padding, dilation = axis
+    distance = i + padding - offset * stride if backward else offset - i * stride
+    return distance // dilation if distance % dilation == 0 and 0 <= distance < taps * dilation else -1
+
+
+@triton.constexpr_function
+def _offsets(count, axis, backward):
+    taps, stride, padding, dilation = axis
+    if backward:
+        steps = [i + padding - tap * dilation for i in range(count) for tap in range(taps)]
+        return sorted({step // stride for step in steps if step % stride == 0})
+    return sorted({i * stride + tap * dilation for i in range(count) for tap in range(taps)})
+
+
+@triton.constexpr_function
+def tap_between(i, j, l, k, ROWS, COLS, WINDOW, BACKWARD):
+    """Number r * S + s of the tap that joins pixel (i, j) of a cell and the cell's source pixel (l, k); -1: none."""
+    rows, columns = _axis(WINDOW, True), _axis(WINDOW, False)
+    r = _tap(i, _offsets(ROWS, rows, BACKWARD)[l], rows, BACKWARD)
+    s = _tap(j, _offsets(COLS, columns, BACKWARD)[k], columns, BACKWARD)
+    return -1 if r < 0 or s < 0 else r * columns[0] + s
+
+
+@triton.constexpr_function
+def offset_count(count, WINDOW, ALONG_ROWS, BACKWARD):
+    """How many source rows (columns) a cell of `count` target rows (columns) reads."""
+    return len(_offsets(count, _axis(WINDOW, ALONG_ROWS), BACKWARD))
+
+
+@triton.constexpr_function
+def offset_at(index, count, WINDOW, ALONG_ROWS, BACKWARD):
+    """The offset from the origin of the index-th of those."""
+    return _offsets(count, _axis(WINDOW, ALONG_ROWS), BACKWARD)[index]
+
+
+@triton.jit
+def cells_of(m, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """First pixel (n, p, q) of the cells numbered m, row by row through the batch."""
+    columns = tl.cdiv(sizes.Q, COLS)
+    rows = tl.cdiv(sizes.P, ROWS)
+    lines = m // columns
+    return lines // rows, lines % rows * ROWS, m % columns * COLS
+
+
+@triton.jit
+def put(values, INDEX: tl.constexpr, value):
+    """The tuple with one element replaced."""
+    return values[:INDEX] + (value,) + values[INDEX + 1 :]
+
+
+@triton.jit
+def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, C: tl.constexpr, ACC: tl.constexpr):
+    """A tuple of COUNT zero tiles [M, C]."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((M, C), ACC),)
+    return tiles
+
+
+@triton.jit
+def _add_tap(u, INDEX: tl.constexpr, value, weight, o, live, TAP: tl.constexpr, WINDOW: tl.constexpr):
+    """u with value * tap TAP added to the tile INDEX; unchanged where TAP is -1."""
+    if TAP >= 0:
+        if WINDOW.TAPS is None:
+            tap = tap_vector(weight, o, live, TAP, WINDOW, value.dtype)
+        else:
+            tap = fixed_tap_vector(o, TAP, WINDOW, value.dtype)
+        u = put(u, INDEX, u[INDEX] + value * tap[None, :])
+    return u
+
+
+@triton.jit
+def add_window(
+    u, source, weight, n, h, w, inside, c, o, live, sizes,
+    WINDOW: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, BACKWARD: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """u plus the window's sums over the source, unrolled; each source tile is loaded once for the whole cell.
+
+    Args:
+        u: tuple of ROWS * COLS tiles [cells, channels], row by row.
+        n, h, w, inside: image and origin of each cell in the source, and which cells exist.
+        c, o, live: source channels, the output channels whose kernels are taken, and which exist.
+        sizes: H and W are the source's.
+    """
+    for k in tl.static_range(offset_count(COLS, WINDOW, False, BACKWARD)):
+        x = w + offset_at(k, COLS, WINDOW, False, BACKWARD)
+        in_columns = inside & (x >= 0) & (x < sizes.W)
+        for l in tl.static_range(offset_count(ROWS, WINDOW, True, BACKWARD)):
+            y = h + offset_at(l, ROWS, WINDOW, True, BACKWARD)
+            mask = (in_columns & (y >= 0) & (y < sizes.H))[:, None] & live[None, :]
+            value = load_tile(source, n, y, x, c, mask, VEC).to(u[0].dtype)
+            for i in tl.static_range(ROWS):
+                for j in tl.static_range(COLS):
+                    # Several rows take the same tap: the compiler loads it once.
+                    u = _add_tap(
+                        u, i * COLS + j, value, weight, o, live,
+                        tap_between(i, j, l, k, ROWS, COLS, WINDOW, BACKWARD), WINDOW,
+                    )  # fmt: skip
+    return u
