@@ -145,8 +145,8 @@ def bank_of(weight: Tensor, window: Window, sizes: Sizes, vec: int) -> tuple[Ten
     as many loads as of the map. Packed, the eight are one load. Not worth a kernel for little work, and of no use
     where channels do not lie side by side in the maps.
     """
-    worthwhile = sizes.M * sizes.D >= (2**10 if INTERPRETED else 2**23)
-    if window.TAPS is not None or vec == 1 or not worthwhile:
+    enough = 2**10 if INTERPRETED else 2**23
+    if window.TAPS is not None or vec == 1 or enough > sizes.M * sizes.D:
         return weight.contiguous(), window
     copies = -(-sizes.D // window.B)
     packed = weight.flatten(1).t().repeat(1, copies)[:, : sizes.D].contiguous()
