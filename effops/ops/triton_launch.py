@@ -91,7 +91,7 @@ def vector_width(maps: Iterable[Tensor | None], channels: Iterable[int]) -> int:
     common = math.gcd(*channels)
     for x in maps:
         if x is not None:
-            n, c, h, w = x.stride()
+            n, c, h, w = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
             if x.shape[1] != 1 and c != 1:
                 return 1
             size = x.element_size()

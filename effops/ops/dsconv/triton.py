@@ -1,4 +1,44 @@
-"""Triton kernels of room dsconv (placeholder picture)."""
+"""Triton kernels of room dsconv. None has run on a GPU yet: what is said of speed here is calculated.
+
+forward      one program: BLOCK_M pixels, pixels numbered through the batch, x BLOCK_K output channels (all, up to 256)
+
+                    C channels, BLOCK_C at a time             K channels
+                    passed |  depthwise                     +------------+
+                   +-------+----+----+----+      matrix^T   | block of C |   L2 -> registers -> shared, every block
+             pixels| z     | z  | z  | z  |   x             +------------+
+                   +-------+----+----+----+                 | ...        |
+                     load    x: 9 shifted tiles, a row of   +------------+
+                     only    taps in flight at a time, sums in registers, epilogue, rounded -> shared
+                             tl.dot: BLOCK_M x BLOCK_K float32 sums in registers (tensor memory on sm_100), then
+                             the epilogue and one store; z's last channels are stored beside it where they are kept
+
+             x and passed: once from memory, y: once. The window's other eight loads hit L1 (a channel block of the
+             patch and its halo: 100 pixels x 64 bytes = 6 KB); patches of 8 x 8 pixels (column strips, see
+             strip_pixels_of) read 1.56 times their size from L2, rows of 64 pixels on a 56-wide map 2.8 times.
+             Blocks of output channels of the same pixels run side by side; each computes z anew.
+
+output       the same tiles; the gradient at the pointwise sums instead of the epilogue: g once (and the saved output,
+gradient     or x to compute the sums anew), du once. No kernel where the epilogue is linear without scale: du is g.
+z's          BLOCK_M pixels x BLOCK_C channels; sums over k of du * matrix, K blocks prefetched to shared memory by
+gradient     cp.async; the depthwise epilogue backwards with its sums anew: du, x once, the result once. du comes from
+             L2 for every further block of channels. Passed channels end there: no epilogue.
+matrix's     BLOCK_K x BLOCK_C sums of du^T z over a range of pixels, z anew; partial sums, added up in order: ranges
+gradient     are as few as give every processor two programs, 8.7 MB of sums at 128 -> 128 channels.
+input's and  those of room dwconv, on the gradient at the depthwise sums.
+taps'
+
+Calculated for fp16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 790 TFLOP/s):
+             128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dot 17 us. The nine loads take
+             9 x 103 MB from L1, the matrix and z pass it too, 1.8 GB in all: 62 us at 128 bytes a clock and processor;
+             about 28 instructions an element of z: 49 us. Expected, with two or three blocks a processor overlapping
+             these: 65 to 110 us, against 96 us for two perfect kernels.
+             half-identity, 28 + 28 -> 28 channels    x, passed and y 22 MB each = 168 bytes a pixel: 16 us; the dot
+             2 us; 8-byte accesses, 38 instructions an element of z: 15 us. Expected: 20 to 35 us, against 47 us.
+
+Matrices and taps are small: L1 and L2 hold them. What hides memory's latency is other programs on the processor, not a
+pipeline: its buffers for nine shifted tiles would fill shared memory, and cp.async of 16 bytes bypasses L1, so that the
+nine would come from L2. The bound on registers (see _registers) is there to have those programs.
+"""
 
 from __future__ import annotations
 
@@ -310,7 +350,7 @@ class _Layer(NamedTuple):
 
     input: Tensor
     passthrough: Tensor | None
-    dw_weight: Tensor
+    bank: Tensor
     dw_affine: Affine
     dw_residual: Tensor | None
     pw_weight: Tensor
@@ -345,9 +385,12 @@ class _Layer(NamedTuple):
 def _layer(tensors: Sequence[Tensor | None], geometry: list[int], slopes: list[float]) -> _Layer:
     """From the operator's 12 tensors."""
     input, passthrough, dw_weight, *dw_vectors, dw_residual, pw_weight, bias, scale, shift, residual = tensors
+    sizes = L.sizes_of(input, dw_weight, geometry)
+    vec = L.vector_width((input, dw_residual), (input.shape[1], sizes.D))
+    bank, window = L.bank_of(dw_weight, L.window_of(dw_weight, geometry), sizes, vec)
     return _Layer(
-        input, passthrough, dw_weight, L.affine(*dw_vectors), dw_residual, pw_weight, L.affine(bias, scale, shift),
-        residual, geometry, slopes, L.sizes_of(input, dw_weight, geometry), L.window_of(dw_weight, geometry),
+        input, passthrough, bank, L.affine(*dw_vectors), dw_residual, pw_weight, L.affine(bias, scale, shift),
+        residual, geometry, slopes, sizes, window,
     )  # fmt: skip
 
 
@@ -380,14 +423,14 @@ def _vectors(layer: _Layer, inner: Sequence[Tensor | None], outer: Sequence[Tens
     )
 
 
-def _constants(layer: _Layer, window: Window, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
+def _constants(layer: _Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
     """What shapes the code of every kernel here."""
     maps = (layer.input, layer.passthrough, layer.dw_residual, layer.residual, *maps)
     return {
-        "WINDOW": window,
+        "WINDOW": layer.window,
         "DW_CHAIN": L.depthwise_chain(layer.geometry, layer.slopes[0]),
         "PRECISION": L.dot_precision(layer.input),
-        "WIDE": L.needs_wide(maps, layer.sizes, window),
+        "WIDE": L.needs_wide(maps, layer.sizes, layer.window),
         "STRIP": L.strip_width(layer.sizes.Q, block_m) if layer.geometry[G.CHANNELS_LAST] else layer.sizes.Q,
     }
 
@@ -396,9 +439,9 @@ def _pointwise_chain(layer: _Layer) -> Chain:
     return Chain(layer.geometry[G.PW_ACTIVATION], layer.geometry[G.PW_POST_ACTIVATION], layer.slopes[1])
 
 
-def _depthwise_operands(layer: _Layer, bank: Tensor) -> tuple:
+def _depthwise_operands(layer: _Layer) -> tuple:
     return (
-        L.as_map(layer.input), bank, layer.dw_affine, L.as_map(layer.dw_residual), L.as_map(layer.passthrough),
+        L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(layer.dw_residual), L.as_map(layer.passthrough),
         _matrix(layer),
     )  # fmt: skip
 
@@ -417,13 +460,12 @@ def dsconv_fwd(
     output = layer.map_of(layer.keep + layer.K)
     y = output[:, layer.keep :]
     vectors = _vectors(layer, (), (residual, y), output)
-    bank, window = L.bank_of(dw_weight, layer.window, layer.sizes, vectors.C)
-    config = forward_config(layer, window, vectors.C)
+    config = pointwise_config(layer, vectors.C)
     L.launch(
         _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), input,
-        *_depthwise_operands(layer, bank), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
+        *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
         layer.sizes, CHAIN=_pointwise_chain(layer), VEC=vectors,
-        **_constants(layer, window, (output,), config.BLOCK_M), **config._asdict(),
+        **_constants(layer, (output,), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
     return output
 
@@ -493,16 +535,15 @@ def _output_gradient(layer: _Layer, grad_output: Tensor, output: Tensor | None, 
     residual = layer.residual if chain.POST != NONE else None
     recompute = gradients.wants(_SCALE) or not (linear or saved is not None)
     vectors = _vectors(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
-    bank, window = L.bank_of(layer.dw_weight, layer.window, layer.sizes, vectors.C)
-    config = forward_config(layer, window, vectors.C)._replace(maxnreg=255)
+    config = pointwise_config(layer, vectors.C, backward=True)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_BIAS, rows)
     L.launch(
         _output_gradient_kernel, rows * triton.cdiv(layer.K, config.BLOCK_K), layer.input,
-        *_depthwise_operands(layer, bank), layer.affine, L.as_map(residual), L.as_map(grad), L.as_map(saved),
+        *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(grad), L.as_map(saved),
         L.as_map(du), L.as_map(residual_grad), partial, layer.sizes,
         CHAIN=chain, VEC=vectors, RECOMPUTE=recompute,
-        **_constants(layer, window, (grad_output, du, residual_grad), config.BLOCK_M), **config._asdict(),
+        **_constants(layer, (grad_output, du, residual_grad), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
     gradients.sum_up(_BIAS, partial)
     return grad if du is None else du
@@ -515,7 +556,7 @@ def _passed_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: 
         return
     vectors = _vectors(layer, (grad,), (du,), grad_output)
     config = backward_config(layer, layer.passed)
-    constants = _constants(layer, layer.window, (grad_output, du), config.BLOCK_M)
+    constants = _constants(layer, (grad_output, du), config.BLOCK_M)
     del constants["WINDOW"], constants["DW_CHAIN"]
     L.launch(
         _passed_gradient_kernel,
@@ -535,16 +576,15 @@ def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradient
     residual = layer.dw_residual if chain.POST != NONE else None
     recompute = gradients.wants(_DW_SCALE) or not chain.ACT == chain.POST == NONE
     vectors = _vectors(layer, (sums_grad, residual_grad), (du,), grad_output)
-    bank, window = L.bank_of(layer.dw_weight, layer.window, layer.sizes, vectors.C)
     config = backward_config(layer, layer.sizes.D)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_DW_BIAS, rows)
     L.launch(
         _depthwise_gradient_kernel, rows * triton.cdiv(layer.sizes.D, config.BLOCK_C), layer.input,
-        L.as_map(layer.input), bank, layer.dw_affine, L.as_map(residual), L.as_map(du), _matrix(layer),
+        L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(residual), L.as_map(du), _matrix(layer),
         _kept(grad_output, layer), L.as_map(sums_grad), L.as_map(residual_grad), partial, layer.sizes,
         VEC=vectors, RECOMPUTE=recompute,
-        **_constants(layer, window, (grad_output, du), config.BLOCK_M), **config._asdict(),
+        **_constants(layer, (grad_output, du), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
     gradients.sum_up(_DW_BIAS, partial)
     return sums_grad
@@ -553,8 +593,7 @@ def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradient
 def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
     """The gradient of the pointwise weight: sum over pixels of du[pixel, k] * z[pixel, c], z recomputed."""
     vectors = _vectors(layer, (), (du,), du)
-    bank, window = L.bank_of(layer.dw_weight, layer.window, layer.sizes, vectors.C)
-    config = matrix_config(layer, window, vectors.C)
+    config = matrix_config(layer, vectors.C)
     tiles = triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(layer.sizes.D, config.BLOCK_C)
     blocks = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     # Two programs a processor; more parts would only be more partial sums to write and read.
@@ -565,8 +604,8 @@ def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
         L.launch(
             _matrix_gradient_kernel,
             parts * triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(channels, config.BLOCK_C), layer.input,
-            *_depthwise_operands(layer, bank), L.as_map(du), partial, layer.sizes, steps,
-            VEC=vectors, OF_PASSED=of_passed, **_constants(layer, window, (du,), config.BLOCK_M), **config._asdict(),
+            *_depthwise_operands(layer), L.as_map(du), partial, layer.sizes, steps,
+            VEC=vectors, OF_PASSED=of_passed, **_constants(layer, (du,), config.BLOCK_M), **config._asdict(),
         )  # fmt: skip
     weight = layer.pw_weight
     return sum_partials(partial, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
@@ -600,6 +639,12 @@ def dsconv_bwd(
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 # (BLOCK_M, BLOCK_K): (BLOCK_C, warps), in order of preference for a given BLOCK_K.
+# half    64 pixels fill a wgmma; 32 channels are 64 bytes, two sectors, of a pixel, and a thread holds 8 or 16
+#         elements of z: more, times a row of taps in flight, would halve the programs a processor holds. Few pixels:
+#         64 channels, so that the sum over C takes half as many steps, each a trip to memory.
+# tf32    the same in twice the bytes: 16 channels where a thread would hold 16 elements of 4 bytes.
+# ieee    FMA, not tensor cores: bound by arithmetic from 64 channels on; shared memory feeds 8 x 4 sums a thread.
+# double  DMMA on sm_80 and 90: tiles are small, as everything is twice as wide.
 _FORWARD = {
     "half": {
         (64, 256): (32, 8), (32, 256): (32, 8), (16, 256): (64, 8),
@@ -624,6 +669,28 @@ _FORWARD = {
     },
 }  # fmt: skip
 
+# The same for the gradient at the pointwise sums: its epilogue needs the registers of as many sums again.
+_OUTPUT_GRADIENT = {
+    "half": {
+        (32, 128): (32, 8), (16, 128): (64, 8),
+        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (64, 4),
+        (64, 32): (32, 4), (32, 32): (32, 4), (16, 32): (64, 4),
+    },
+    "tf32": {
+        (32, 128): (32, 8), (16, 128): (32, 8),
+        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (32, 4),
+        (64, 32): (16, 4), (32, 32): (32, 4), (16, 32): (32, 4),
+    },
+    "ieee": {
+        (64, 64): (16, 8), (32, 64): (16, 4), (16, 64): (16, 4),
+        (64, 32): (16, 4), (32, 32): (16, 4), (16, 32): (16, 4),
+    },
+    "double": {
+        (16, 64): (16, 8),
+        (32, 32): (16, 8), (16, 32): (16, 4),
+    },
+}  # fmt: skip
+
 
 def _kind(x: Tensor) -> str:
     if x.element_size() == 2:
@@ -631,7 +698,7 @@ def _kind(x: Tensor) -> str:
     return "double" if x.dtype == torch.float64 else L.dot_precision(x)
 
 
-def _registers(layer: _Layer, window: Window, vec: int) -> int:
+def _registers(layer: _Layer, vec: int) -> int:
     """The bound on a thread's registers.
 
     Without one the assembler aims at an occupancy of its own and may spill for it. Plain layers of a half type (packed
@@ -639,11 +706,11 @@ def _registers(layer: _Layer, window: Window, vec: int) -> int:
     loading while the other computes. The rest take what they need.
     """
     extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
-    plain = window.B == 0 and vec == 8 and not layer.keep and all(extra is None for extra in extras)
+    plain = layer.window.B == 0 and vec == 8 and not layer.keep and all(extra is None for extra in extras)
     return 128 if plain else 255
 
 
-def forward_config(layer: _Layer, window: Window, vec: int) -> L.Config:
+def pointwise_config(layer: _Layer, vec: int, *, backward: bool = False) -> L.Config:
     """The widest tile of the table that gives every processor a program, pixels given up before channels.
 
     `vec` is how many channels an access to z's maps takes. Where it is one, the addresses need the registers of the
@@ -651,20 +718,22 @@ def forward_config(layer: _Layer, window: Window, vec: int) -> L.Config:
     """
     if L.INTERPRETED:
         return L.Config(64, 32, 64, 4, 1)
-    table = _FORWARD[_kind(layer.input)]
+    table = (_OUTPUT_GRADIENT if backward else _FORWARD)[_kind(layer.input)]
+    registers = 255 if backward else _registers(layer, vec)
     widest = max(triton.next_power_of_2(layer.K), min(k for _, k in table))
     deepest = max(triton.next_power_of_2(layer.sizes.D), 16)
     for (m, k), (c, warps) in table.items():
         if k > widest or (vec == 1 and m * k > 64 * 128):
             continue
         warps = 8 if vec == 1 and m == 64 else warps
-        config = L.Config(m, min(c, deepest), k, warps, 2, _registers(layer, window, vec))
+        config = L.Config(m, min(c, deepest), k, warps, 2, registers)
         if triton.cdiv(layer.sizes.M, m) * triton.cdiv(layer.K, k) >= L.processors(layer.input):
             break
     return config
 
 
-# BLOCK_M: (BLOCK_C, BLOCK_K, warps, stages) of the kernels that sum over k, in order of preference.
+# BLOCK_M: (BLOCK_C, BLOCK_K, warps, stages) of the kernels that sum over k, in order of preference. The loop over k has
+# nothing but loads and a dot, so it is pipelined: three stages of (64 + 64) x 64 halves are 48 KB, of 227 a processor.
 _BACKWARD = {
     "half": {64: (64, 64, 8, 3), 32: (64, 64, 8, 3), 16: (64, 64, 4, 3)},
     "tf32": {64: (32, 32, 8, 2), 32: (32, 32, 4, 2), 16: (32, 32, 4, 2)},
@@ -674,7 +743,7 @@ _BACKWARD = {
 
 
 def backward_config(layer: _Layer, channels: int) -> L.Config:
-    """As `forward_config`, for a kernel whose programs own a block of `channels`, each summing over all K."""
+    """As `pointwise_config`, for a kernel whose programs own a block of `channels`, each summing over all K."""
     if L.INTERPRETED:
         return L.Config(64, 32, 64, 4, 1)
     for m, (c, k, warps, stages) in _BACKWARD[_kind(layer.input)].items():
@@ -685,6 +754,7 @@ def backward_config(layer: _Layer, channels: int) -> L.Config:
 
 
 # (BLOCK_M, BLOCK_C, BLOCK_K) of the kernel that sums over pixels; the second where maps are read channel by channel.
+# 128 of K, so that z is computed once for most layers; each further block of channels reads du again, from L2.
 _MATRIX = {
     "half": ((64, 64, 128), (64, 32, 128)),
     "tf32": ((64, 32, 128), (64, 32, 128)),
@@ -693,11 +763,11 @@ _MATRIX = {
 }
 
 
-def matrix_config(layer: _Layer, window: Window, vec: int) -> L.Config:
+def matrix_config(layer: _Layer, vec: int) -> L.Config:
     """The tile of the pointwise weight's gradient: BLOCK_K x BLOCK_C sums, BLOCK_M pixels a step."""
     if L.INTERPRETED:
         return L.Config(64, 32, 64, 4, 1)
     m, c, k = _MATRIX[_kind(layer.input)][vec == 1]
     c = min(c, max(triton.next_power_of_2(max(layer.sizes.D, layer.passed)), 16))
     k = min(k, max(triton.next_power_of_2(layer.K), 32))
-    return L.Config(m, c, k, 8, 1, _registers(layer, window, vec))
+    return L.Config(m, c, k, 8, 1, _registers(layer, vec))
