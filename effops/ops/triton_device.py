@@ -418,11 +418,11 @@ def _offsets(count, axis, backward):
 
 
 @triton.constexpr_function
-def tap_between(i, j, l, k, ROWS, COLS, WINDOW, BACKWARD):
-    """Number r * S + s of the tap that joins pixel (i, j) of a cell and the cell's source pixel (l, k); -1: none."""
+def tap_between(i, j, y, x, ROWS, COLS, WINDOW, BACKWARD):
+    """Number r * S + s of the tap that joins pixel (i, j) of a cell and the cell's source pixel (y, x); -1: none."""
     rows, columns = _axis(WINDOW, True), _axis(WINDOW, False)
-    r = _tap(i, _offsets(ROWS, rows, BACKWARD)[l], rows, BACKWARD)
-    s = _tap(j, _offsets(COLS, columns, BACKWARD)[k], columns, BACKWARD)
+    r = _tap(i, _offsets(ROWS, rows, BACKWARD)[y], rows, BACKWARD)
+    s = _tap(j, _offsets(COLS, columns, BACKWARD)[x], columns, BACKWARD)
     return -1 if r < 0 or s < 0 else r * columns[0] + s
 
 
@@ -463,13 +463,17 @@ def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, C: tl.constexpr, ACC: tl.co
 
 
 @triton.jit
-def _add_tap(u, INDEX: tl.constexpr, value, weight, o, live, TAP: tl.constexpr, WINDOW: tl.constexpr):
+def _add_tap(
+    u, INDEX: tl.constexpr, value, weight, o, live, TAP: tl.constexpr, sizes, WINDOW: tl.constexpr, VEC: tl.constexpr
+):  # fmt: skip
     """u with value * tap TAP added to the tile INDEX; unchanged where TAP is -1."""
     if TAP >= 0:
-        if WINDOW.TAPS is None:
-            tap = tap_vector(weight, o, live, TAP, WINDOW, value.dtype)
-        else:
+        if WINDOW.TAPS is not None:
             tap = fixed_tap_vector(o, TAP, WINDOW, value.dtype)
+        elif WINDOW.B == 0:
+            tap = packed_tap_vector(weight, o, live, TAP, sizes, VEC, value.dtype)
+        else:
+            tap = tap_vector(weight, o, live, TAP, WINDOW, value.dtype)
         u = put(u, INDEX, u[INDEX] + value * tap[None, :])
     return u
 
@@ -487,11 +491,11 @@ def add_window(
         c, o, live: source channels, the output channels whose kernels are taken, and which exist.
         sizes: H and W are the source's.
     """
-    for k in tl.static_range(offset_count(COLS, WINDOW, False, BACKWARD)):
-        x = w + offset_at(k, COLS, WINDOW, False, BACKWARD)
+    for dx in tl.static_range(offset_count(COLS, WINDOW, False, BACKWARD)):
+        x = w + offset_at(dx, COLS, WINDOW, False, BACKWARD)
         in_columns = inside & (x >= 0) & (x < sizes.W)
-        for l in tl.static_range(offset_count(ROWS, WINDOW, True, BACKWARD)):
-            y = h + offset_at(l, ROWS, WINDOW, True, BACKWARD)
+        for dy in tl.static_range(offset_count(ROWS, WINDOW, True, BACKWARD)):
+            y = h + offset_at(dy, ROWS, WINDOW, True, BACKWARD)
             mask = (in_columns & (y >= 0) & (y < sizes.H))[:, None] & live[None, :]
             value = load_tile(source, n, y, x, c, mask, VEC).to(u[0].dtype)
             for i in tl.static_range(ROWS):
@@ -499,6 +503,6 @@ def add_window(
                     # Several rows take the same tap: the compiler loads it once.
                     u = _add_tap(
                         u, i * COLS + j, value, weight, o, live,
-                        tap_between(i, j, l, k, ROWS, COLS, WINDOW, BACKWARD), WINDOW,
+                        tap_between(i, j, dy, dx, ROWS, COLS, WINDOW, BACKWARD), sizes, WINDOW, VEC,
                     )  # fmt: skip
     return u

@@ -19,14 +19,12 @@ def _sum_kernel(
     uses = tl.cdiv(CHANNELS, KERNELS)
     rows = blocks * uses
     total = tl.zeros((BLOCK_ROWS, BLOCK_B), partial.dtype.element_ty)
-    first = 0
-    while first < rows:
+    for first in range(0, rows, BLOCK_ROWS):
         row = first + tl.arange(0, BLOCK_ROWS)
         channel = (row % uses)[:, None] * KERNELS + b[None, :]
         mask = (row < rows)[:, None] & (b < KERNELS)[None, :] & (channel < CHANNELS)
         at = ((row // uses).to(tl.int64) * TAPS + tap) * CHANNELS
         total += tl.load(partial + (at[:, None] + channel), mask=mask, other=0.0)
-        first += BLOCK_ROWS
     value = tl.sum(total, 0).to(out.dtype.element_ty)
     tl.store(out + b * TAPS + tap, value, mask=b < KERNELS)
 
