@@ -387,7 +387,8 @@ def _layer(tensors: Sequence[Tensor | None], geometry: list[int], slopes: list[f
     input, passthrough, dw_weight, *dw_vectors, dw_residual, pw_weight, bias, scale, shift, residual = tensors
     sizes = L.sizes_of(input, dw_weight, geometry)
     vec = L.vector_width((input, dw_residual), (input.shape[1], sizes.D))
-    bank, window = L.bank_of(dw_weight, L.window_of(dw_weight, geometry), sizes, vec)
+    dtype = torch.promote_types(input.dtype, torch.float32)  # the accumulators'
+    bank, window = L.bank_of(dw_weight, L.window_of(dw_weight, geometry), sizes, vec, dtype)
     return _Layer(
         input, passthrough, bank, L.affine(*dw_vectors), dw_residual, pw_weight, L.affine(bias, scale, shift),
         residual, geometry, slopes, sizes, window,
