@@ -30,10 +30,10 @@ taps'
 Calculated for fp16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 790 TFLOP/s):
              128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dot 17 us. The nine loads take
              9 x 103 MB from L1, the matrix and z pass it too, 1.8 GB in all: 62 us at 128 bytes a clock and processor;
-             about 28 instructions an element of z: 49 us. Expected, with two or three blocks a processor overlapping
-             these: 65 to 110 us, against 96 us for two perfect kernels.
+             68 instructions an element of z, counted in the sm_90 code: 118 us at four a clock and processor. So
+             instructions bound it until they are fewer; two perfect kernels would take 96 us.
              half-identity, 28 + 28 -> 28 channels    x, passed and y 22 MB each = 168 bytes a pixel: 16 us; the dot
-             2 us; 8-byte accesses, 38 instructions an element of z: 15 us. Expected: 20 to 35 us, against 47 us.
+             2 us; 116 instructions an element of z, in 8-byte accesses: 44 us. Two perfect kernels: 47 us.
 
 Matrices and taps are small: L1 and L2 hold them. What hides memory's latency is other programs on the processor, not a
 pipeline: its buffers for nine shifted tiles would fill shared memory, and cp.async of 16 bytes bypasses L1, so that the
@@ -649,14 +649,14 @@ def dsconv_bwd(
 _FORWARD = {
     "half": {
         (64, 256): (32, 8), (32, 256): (32, 8), (16, 256): (64, 8),
-        (64, 128): (32, 8), (32, 128): (32, 4), (16, 128): (64, 4),
+        (64, 128): (32, 4), (32, 128): (32, 4), (16, 128): (64, 4),
         (64, 64): (32, 4), (32, 64): (32, 4), (16, 64): (64, 4),
         (64, 32): (32, 4), (32, 32): (32, 4), (16, 32): (64, 4),
     },
     "tf32": {
-        (64, 256): (32, 8), (32, 256): (32, 8), (16, 256): (32, 8),
+        (32, 256): (32, 8), (16, 256): (32, 8),
         (64, 128): (32, 8), (32, 128): (32, 4), (16, 128): (32, 4),
-        (64, 64): (16, 4), (32, 64): (32, 4), (16, 64): (32, 4),
+        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (32, 4),
         (64, 32): (16, 4), (32, 32): (32, 4), (16, 32): (32, 4),
     },
     "ieee": {
@@ -703,8 +703,8 @@ def _registers(layer: _Layer, vec: int) -> int:
     """The bound on a thread's registers.
 
     Without one the assembler aims at an occupancy of its own and may spill for it. Plain layers of a half type (packed
-    bank, 16-byte accesses, nothing added, scaled, passed or kept) fit 128: two blocks of eight warps a processor, one
-    loading while the other computes. The rest take what they need.
+    bank, 16-byte accesses, nothing added, scaled, passed or kept) fit 128, or 160 where four warps hold 64 x 128 sums:
+    programs of 12 to 16 warps in all on a processor, some loading while others compute. The rest take what they need.
     """
     extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
     plain = layer.window.B == 0 and vec == 8 and not layer.keep and all(extra is None for extra in extras)
@@ -727,7 +727,8 @@ def pointwise_config(layer: _Layer, vec: int, *, backward: bool = False) -> L.Co
         if k > widest or (vec == 1 and m * k > 64 * 128):
             continue
         warps = 8 if vec == 1 and m == 64 else warps
-        config = L.Config(m, min(c, deepest), k, warps, 2, registers)
+        bound = 160 if registers == 128 and (m, k, warps) == (64, 128, 4) else registers
+        config = L.Config(m, min(c, deepest), k, warps, 2, bound)
         if triton.cdiv(layer.sizes.M, m) * triton.cdiv(layer.K, k) >= L.processors(layer.input):
             break
     return config
