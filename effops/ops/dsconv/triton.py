@@ -113,7 +113,9 @@ class Vectors(NamedTuple):
 @triton.jit
 def _channels(block, COUNT, SIZE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr):
     """Channels of a block of [0, COUNT), and which exist."""
-    c = block_of(block, SIZE, WIDE)
+    c = block * SIZE + tl.arange(0, SIZE)
+    if WIDE:
+        c = c.to(tl.int64)
     return c, c < COUNT // VEC * VEC  # a hint that COUNT is a multiple of VEC would be folded away
 
 
@@ -772,4 +774,4 @@ def matrix_config(layer: _Layer, vec: int) -> L.Config:
     m, c, k = _MATRIX[_kind(layer.input)][vec == 1]
     c = min(c, max(triton.next_power_of_2(max(layer.sizes.D, layer.passed)), 16))
     k = min(k, max(triton.next_power_of_2(layer.K), 32))
-    return L.Config(m, c, k, 8, 1, _registers(layer, vec))
+    return L.Config(m, c, k, 8, 1, 255)
