@@ -426,14 +426,19 @@ def _vectors(layer: _Layer, inner: Sequence[Tensor | None], outer: Sequence[Tens
     )
 
 
+def _wide(layer: _Layer, maps: Sequence[Tensor | None]) -> bool:
+    """Whether offsets into the layer's tensors and `maps` need 64 bits."""
+    maps = (layer.input, layer.passthrough, layer.dw_residual, layer.residual, *maps)
+    return L.needs_wide(maps, layer.sizes, layer.window)
+
+
 def _constants(layer: _Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
     """What shapes the code of every kernel here."""
-    maps = (layer.input, layer.passthrough, layer.dw_residual, layer.residual, *maps)
     return {
         "WINDOW": layer.window,
         "DW_CHAIN": L.depthwise_chain(layer.geometry, layer.slopes[0]),
         "PRECISION": L.dot_precision(layer.input),
-        "WIDE": L.needs_wide(maps, layer.sizes, layer.window),
+        "WIDE": _wide(layer, maps),
         "STRIP": L.strip_width(layer.sizes.Q, block_m) if layer.geometry[G.CHANNELS_LAST] else layer.sizes.Q,
     }
 
@@ -463,7 +468,7 @@ def dsconv_fwd(
     output = layer.map_of(layer.keep + layer.K)
     y = output[:, layer.keep :]
     vectors = _vectors(layer, (), (residual, y), output)
-    config = pointwise_config(layer, vectors.C)
+    config = pointwise_config(layer, vectors.C, roomy=_wide(layer, (output,)))
     L.launch(
         _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), input,
         *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
@@ -538,7 +543,7 @@ def _output_gradient(layer: _Layer, grad_output: Tensor, output: Tensor | None, 
     residual = layer.residual if chain.POST != NONE else None
     recompute = gradients.wants(_SCALE) or not (linear or saved is not None)
     vectors = _vectors(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
-    config = pointwise_config(layer, vectors.C, backward=True)
+    config = pointwise_config(layer, vectors.C, roomy=True, table=_OUTPUT_GRADIENT)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_BIAS, rows)
     L.launch(
@@ -713,19 +718,22 @@ def _registers(layer: _Layer, vec: int) -> int:
     return 128 if plain else 255
 
 
-def pointwise_config(layer: _Layer, vec: int, *, backward: bool = False) -> L.Config:
+def pointwise_config(layer: _Layer, vec: int, *, roomy: bool, table: dict = _FORWARD) -> L.Config:
     """The widest tile of the table that gives every processor a program, pixels given up before channels.
 
-    `vec` is how many channels an access to z's maps takes. Where it is one, the addresses need the registers of the
-    largest tile, and the others twice the threads.
+    Args:
+        vec: how many channels an access to z's maps takes. Where it is one, the addresses need the registers of the
+            largest tile, and the others twice the threads.
+        roomy: whether threads take what registers they need (see `_registers`): 64-bit offsets, a backward epilogue.
+        table: one of the above.
     """
     if L.INTERPRETED:
         return L.Config(64, 32, 64, 4, 1)
-    table = (_OUTPUT_GRADIENT if backward else _FORWARD)[_kind(layer.input)]
-    registers = 255 if backward else _registers(layer, vec)
-    widest = max(triton.next_power_of_2(layer.K), min(k for _, k in table))
+    tiles = table[_kind(layer.input)]
+    registers = 255 if roomy else _registers(layer, vec)
+    widest = max(triton.next_power_of_2(layer.K), min(k for _, k in tiles))
     deepest = max(triton.next_power_of_2(layer.sizes.D), 16)
-    for (m, k), (c, warps) in table.items():
+    for (m, k), (c, warps) in tiles.items():
         if k > widest or (vec == 1 and m * k > 64 * 128):
             continue
         warps = 8 if vec == 1 and m == 64 else warps
