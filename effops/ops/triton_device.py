@@ -256,6 +256,52 @@ def epilogue(u, affine, residual, c, live, CHAIN: tl.constexpr):
     return activate(u, CHAIN.POST, CHAIN.SLOPE)
 
 
+@triton.jit
+def store_sums(partial, row, COUNT, c, live, value):
+    """partial[row, c] = the tile's sums over its pixels; nothing where there is no `partial` [rows, COUNT]."""
+    if partial is not None:
+        tl.store(partial + (row * COUNT + c), tl.sum(value, 0), mask=live)
+
+
+@triton.jit
+def epilogue_gradient(g, u, affine, residual, c, live, CHAIN: tl.constexpr, partial, row, COUNT):
+    """Gradients of `epilogue` at u and at the residual, from the gradient g of its result.
+
+    Args:
+        g: 0 outside the map and the channels.
+        u: what the epilogue was given, or None where it has no activation and its scale's gradient is not wanted.
+        residual: the loaded tile, or None; read only for the derivative of the outer activation.
+        partial: an `Affine` of [rows, COUNT] partial sums over pixels, None where not wanted; `row` is written.
+    """
+    activated = None
+    if u is not None:
+        if affine.bias is not None:
+            u += load_vector(affine.bias, c, live, u.dtype)[None, :]
+        activated = activate(u, CHAIN.ACT, CHAIN.SLOPE)
+    scale = None
+    if affine.scale is not None:
+        scale = load_vector(affine.scale, c, live, g.dtype)[None, :]
+    if CHAIN.POST != _NONE:
+        result = activated
+        if scale is not None:
+            result *= scale
+        if affine.shift is not None:
+            result += load_vector(affine.shift, c, live, u.dtype)[None, :]
+        if residual is not None:
+            result += residual.to(u.dtype)
+        g *= activation_slope(result, CHAIN.POST, CHAIN.SLOPE)
+    store_sums(partial.shift, row, COUNT, c, live, g)
+    if partial.scale is not None:
+        store_sums(partial.scale, row, COUNT, c, live, g * activated)
+    du = g
+    if scale is not None:
+        du *= scale
+    if CHAIN.ACT != _NONE:
+        du *= activation_slope(u, CHAIN.ACT, CHAIN.SLOPE)
+    store_sums(partial.bias, row, COUNT, c, live, du)
+    return du, g
+
+
 # ---- the depthwise tile ---------------------------------------------------------------------------------------------
 
 

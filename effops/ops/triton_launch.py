@@ -89,7 +89,7 @@ def vector_width(maps: Iterable[Tensor | None], channels: Iterable[int]) -> int:
     common = math.gcd(*channels)
     for x in maps:
         if x is not None:
-            n, c, h, w = x.stride()
+            n, c, h, w = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
             if x.shape[1] != 1 and c != 1:
                 return 1
             size = x.element_size()
@@ -136,18 +136,24 @@ def strip_width(columns: int, pixels: int) -> int:
     return columns
 
 
-def bank_of(weight: Tensor, window: Window, sizes: Sizes, vec: int) -> tuple[Tensor, Window]:
+def bank_of(
+    weight: Tensor, window: Window, sizes: Sizes, vec: int, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Window]:
     """The bank as `depthwise_tile` reads it: as it is, or packed [R*S, channels] where a copy first pays.
 
     In the order of the weight a thread that holds eight channels of a pixel reads a tap of each by itself: four times
     as many loads as of the map. Packed, the eight are one load. Not worth a kernel for little work, and of no use
     where channels do not lie side by side in the maps.
+
+    `dtype` is the packed taps' (default: the weight's). In the accumulators' no thread has to convert them: half of all
+    conversions where a thread holds one pixel.
     """
-    worthwhile = (2**10 if INTERPRETED else 2**23) <= sizes.M * sizes.D
-    if window.TAPS is not None or vec == 1 or not worthwhile:
+    enough = 2**10 if INTERPRETED else 2**23
+    if window.TAPS is not None or vec == 1 or enough > sizes.M * sizes.D:
         return weight.contiguous(), window
-    copies = -(-sizes.D // window.B)
-    packed = weight.flatten(1).t().repeat(1, copies)[:, : sizes.D].contiguous()
+    packed = weight.flatten(1).t().to(dtype or weight.dtype, copy=True, memory_format=torch.contiguous_format)
+    if window.B != sizes.D:
+        packed = packed.repeat(1, -(-sizes.D // window.B))[:, : sizes.D].contiguous()
     return packed, window._replace(B=0)
 
 

@@ -1,4 +1,44 @@
-"""Triton kernels of room dsconv (placeholder picture)."""
+"""Triton kernels of room dsconv. None has run on a GPU yet: what is said of speed here is calculated.
+
+forward      one program: BLOCK_M pixels, pixels numbered through the batch, x BLOCK_K output channels (all, up to 256)
+
+                    C channels, BLOCK_C at a time             K channels
+                    passed |  depthwise                     +------------+
+                   +-------+----+----+----+      matrix^T   | block of C |   L2 -> registers -> shared, every block
+             pixels| z     | z  | z  | z  |   x             +------------+
+                   +-------+----+----+----+                 | ...        |
+                     load    x: 9 shifted tiles, a row of   +------------+
+                     only    taps in flight at a time, sums in registers, epilogue, rounded -> shared
+                             tl.dot: BLOCK_M x BLOCK_K float32 sums in registers (tensor memory on sm_100), then
+                             the epilogue and one store; z's last channels are stored beside it where they are kept
+
+             x and passed: once from memory, y: once. The window's other eight loads hit L1 (a channel block of the
+             patch and its halo: 100 pixels x 64 bytes = 6 KB); patches of 8 x 8 pixels (column strips, see
+             strip_pixels_of) read 1.56 times their size from L2, rows of 64 pixels on a 56-wide map 2.8 times.
+             Blocks of output channels of the same pixels run side by side; each computes z anew.
+
+output       the same tiles; the gradient at the pointwise sums instead of the epilogue: g once (and the saved output,
+gradient     or x to compute the sums anew), du once. No kernel where the epilogue is linear without scale: du is g.
+z's          BLOCK_M pixels x BLOCK_C channels; sums over k of du * matrix, K blocks prefetched to shared memory by
+gradient     cp.async; the depthwise epilogue backwards with its sums anew: du, x once, the result once. du comes from
+             L2 for every further block of channels. Passed channels end there: no epilogue.
+matrix's     BLOCK_K x BLOCK_C sums of du^T z over a range of pixels, z anew; partial sums, added up in order: ranges
+gradient     are as few as give every processor two programs, 8.7 MB of sums at 128 -> 128 channels.
+input's and  those of room dwconv, on the gradient at the depthwise sums.
+taps'
+
+Calculated for fp16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 790 TFLOP/s):
+             128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dot 17 us. The nine loads take
+             9 x 103 MB from L1, the matrix and z pass it too, 1.8 GB in all: 62 us at 128 bytes a clock and processor;
+             68 instructions an element of z, counted in the sm_90 code: 118 us at four a clock and processor. So
+             instructions bound it until they are fewer; two perfect kernels would take 96 us.
+             half-identity, 28 + 28 -> 28 channels    x, passed and y 22 MB each = 168 bytes a pixel: 16 us; the dot
+             2 us; 116 instructions an element of z, in 8-byte accesses: 44 us. Two perfect kernels: 47 us.
+
+Matrices and taps are small: L1 and L2 hold them. What hides memory's latency is other programs on the processor, not a
+pipeline: its buffers for nine shifted tiles would fill shared memory, and cp.async of 16 bytes bypasses L1, so that the
+nine would come from L2. The bound on registers (see _registers) is there to have those programs.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +52,9 @@ from torch import Tensor
 
 from effops.ops import geometry as G
 from effops.ops import triton_launch as L
-from effops.ops.dwconv import fake_output
+from effops.ops.dwconv.triton import input_gradient, weight_gradient
+from effops.ops.epilogue import NONE
+from effops.ops.registration import fake_output
 from effops.ops.triton_device import (
     Affine,
     Chain,
@@ -22,10 +64,14 @@ from effops.ops.triton_device import (
     block_of,
     depthwise_tile,
     epilogue,
+    epilogue_gradient,
     load_tile,
+    slope_from_output,
+    store_sums,
     store_tile,
     strip_pixels_of,
 )
+from effops.ops.triton_sum import partials, sum_partials
 
 # Taps whose loads are in flight together: a row of most windows. The dot's sums leave no registers for nine.
 _TAPS_IN_FLIGHT = tl.constexpr(7)
@@ -67,7 +113,9 @@ class Vectors(NamedTuple):
 @triton.jit
 def _channels(block, COUNT, SIZE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr):
     """Channels of a block of [0, COUNT), and which exist."""
-    c = block_of(block, SIZE, WIDE)
+    c = block * SIZE + tl.arange(0, SIZE)
+    if WIDE:
+        c = c.to(tl.int64)
     return c, c < COUNT // VEC * VEC  # a hint that COUNT is a multiple of VEC would be folded away
 
 
@@ -116,7 +164,7 @@ def _pointwise_sums(
         for block in range(tl.cdiv(pw.PASSED, BLOCK_C)):
             c, live = _channels(block, pw.PASSED, BLOCK_C, WIDE, VEC.C)
             z = load_tile(passed, n, p, q, c, inside[:, None] & live[None, :], VEC.C)
-            if kept.data is not None:
+            if kept is not None:
                 pointers, is_kept = _kept_pointers(kept, n, p, q, c, VEC.KEPT)
                 tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
             w = tl.trans(_matrix_tile(pw, k, c, 0, pw.PASSED, VEC.MATRIX))
@@ -126,7 +174,7 @@ def _pointwise_sums(
         z = _depthwise_result(
             x, bank, dw_affine, dw_residual, n, p, q, inside, c, live, sizes, WINDOW, CHAIN, VEC.C
         )  # fmt: skip
-        if kept.data is not None:
+        if kept is not None:
             pointers, is_kept = _kept_pointers(kept, n, p, q, pw.PASSED + c, VEC.KEPT)
             tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
         w = tl.trans(_matrix_tile(pw, k, c, pw.PASSED, sizes.D, VEC.MATRIX))
@@ -160,6 +208,142 @@ def _forward_kernel(
     store_tile(y, n, p, q, k, epilogue(acc, affine, added, k, live, CHAIN), mask, VEC.K)
 
 
+# ---- backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _output_gradient_kernel(
+    x, bank, dw_affine, dw_residual, passed, pw, affine, residual, grad, output, du, residual_grad, partial, sizes,
+    WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    k_blocks = tl.cdiv(pw.K, BLOCK_K)
+    row = tl.program_id(0) // k_blocks
+    m = block_of(row, BLOCK_M, WIDE)
+    inside = m < sizes.M
+    n, p, q = strip_pixels_of(m, sizes, STRIP)
+    k, live = _channels(tl.program_id(0) % k_blocks, pw.K, BLOCK_K, WIDE, VEC.K)
+    mask = inside[:, None] & live[None, :]
+    u = None
+    if RECOMPUTE:
+        u = _pointwise_sums(
+            x, bank, dw_affine, dw_residual, passed, pw, None, inside, n, p, q, inside, k, sizes,
+            WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
+        )  # fmt: skip
+    added = None
+    if residual.data is not None:
+        added = load_tile(residual, n, p, q, k, mask, VEC.K)
+    g = load_tile(grad, n, p, q, k, mask, VEC.K).to(accumulator(x.data.dtype.element_ty))
+    if output.data is not None:
+        y = load_tile(output, n, p, q, k, mask, VEC.K).to(g.dtype)
+        g *= slope_from_output(y, CHAIN.ACT, CHAIN.SLOPE)
+        store_sums(partial.bias, row, pw.K, k, live, g)
+    else:
+        g, g_residual = epilogue_gradient(g, u, affine, added, k, live, CHAIN, partial, row, pw.K)
+        if residual_grad.data is not None:
+            store_tile(residual_grad, n, p, q, k, g_residual, mask, VEC.K)
+    if du.data is not None:
+        store_tile(du, n, p, q, k, g, mask, VEC.K)
+
+
+@triton.jit
+def _z_gradient(
+    du, pw, kept, n, p, q, inside, c, live, first, count,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The gradient of z[pixel, first + c]: sum over k of du[pixel, k] * matrix[k, first + c], and of its kept copy."""
+    acc = tl.zeros((n.shape[0], c.shape[0]), accumulator(du.data.dtype.element_ty))
+    for block in range(tl.cdiv(pw.K, BLOCK_K)):
+        k, live_k = _channels(block, pw.K, BLOCK_K, WIDE, VEC.K)
+        g = load_tile(du, n, p, q, k, inside[:, None] & live_k[None, :], VEC.K)
+        w = _matrix_tile(pw, k, c, first, count, VEC.MATRIX)
+        acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if kept is not None:
+        pointers, is_kept = _kept_pointers(kept, n, p, q, first + c, VEC.KEPT)
+        acc += tl.load(pointers, mask=inside[:, None] & (live & is_kept)[None, :], other=0.0).to(acc.dtype)
+    return acc
+
+
+@triton.jit
+def _passed_gradient_kernel(
+    du, pw, kept, passed_grad, sizes,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, STRIP: tl.constexpr, VEC: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    c_blocks = tl.cdiv(pw.PASSED, BLOCK_C)
+    m = block_of(tl.program_id(0) // c_blocks, BLOCK_M, WIDE)
+    inside = m < sizes.M
+    n, p, q = strip_pixels_of(m, sizes, STRIP)
+    c, live = _channels(tl.program_id(0) % c_blocks, pw.PASSED, BLOCK_C, WIDE, VEC.C)
+    g = _z_gradient(du, pw, kept, n, p, q, inside, c, live, 0, pw.PASSED, PRECISION, WIDE, VEC, BLOCK_K)
+    store_tile(passed_grad, n, p, q, c, g, inside[:, None] & live[None, :], VEC.C)
+
+
+@triton.jit
+def _depthwise_gradient_kernel(
+    x, bank, dw_affine, dw_residual, du, pw, kept, sums_grad, residual_grad, partial, sizes,
+    WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    c_blocks = tl.cdiv(sizes.D, BLOCK_C)
+    row = tl.program_id(0) // c_blocks
+    m = block_of(row, BLOCK_M, WIDE)
+    inside = m < sizes.M
+    n, p, q = strip_pixels_of(m, sizes, STRIP)
+    o, live = _channels(tl.program_id(0) % c_blocks, sizes.D, BLOCK_C, WIDE, VEC.C)
+    mask = inside[:, None] & live[None, :]
+    g = _z_gradient(du, pw, kept, n, p, q, inside, o, live, pw.PASSED, sizes.D, PRECISION, WIDE, VEC, BLOCK_K)
+    u = None
+    if RECOMPUTE:
+        u = depthwise_tile(x, bank, n, p, q, inside, o, live, sizes, WINDOW, VEC.C, _TAPS_IN_FLIGHT)
+    added = None
+    if dw_residual.data is not None:
+        added = load_tile(dw_residual, n, p, q, o, mask, VEC.C)
+    g, g_residual = epilogue_gradient(g, u, dw_affine, added, o, live, DW_CHAIN, partial, row, sizes.D)
+    if residual_grad.data is not None:
+        store_tile(residual_grad, n, p, q, o, g_residual, mask, VEC.C)
+    if sums_grad.data is not None:
+        store_tile(sums_grad, n, p, q, o, g, mask, VEC.C)
+
+
+@triton.jit
+def _matrix_gradient_kernel(
+    x, bank, dw_affine, dw_residual, passed, pw, du, partial, sizes, steps,
+    WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    STRIP: tl.constexpr, VEC: tl.constexpr, OF_PASSED: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    if OF_PASSED:
+        first = 0
+        count = pw.PASSED
+    else:
+        first = pw.PASSED
+        count = sizes.D
+    k_blocks = tl.cdiv(pw.K, BLOCK_K)
+    c_blocks = tl.cdiv(count, BLOCK_C)
+    part = tl.program_id(0) // (k_blocks * c_blocks)
+    k, live_k = _channels(tl.program_id(0) % k_blocks, pw.K, BLOCK_K, WIDE, VEC.K)
+    c, live = _channels(tl.program_id(0) // k_blocks % c_blocks, count, BLOCK_C, WIDE, VEC.C)
+    acc = tl.zeros((BLOCK_K, BLOCK_C), accumulator(x.data.dtype.element_ty))
+    for step in range(steps):
+        m = block_of(part * steps + step, BLOCK_M, WIDE)
+        inside = m < sizes.M
+        n, p, q = strip_pixels_of(m, sizes, STRIP)
+        if OF_PASSED:
+            z = load_tile(passed, n, p, q, c, inside[:, None] & live[None, :], VEC.C)
+        else:
+            z = _depthwise_result(
+                x, bank, dw_affine, dw_residual, n, p, q, inside, c, live, sizes, WINDOW, DW_CHAIN, VEC.C
+            )  # fmt: skip
+        g = load_tile(du, n, p, q, k, inside[:, None] & live_k[None, :], VEC.K)  # 0 for pixels that do not exist
+        acc = tl.dot(tl.trans(g), z, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    columns = pw.PASSED + sizes.D
+    row = (part.to(tl.int64) * pw.K + k) * columns
+    tl.store(partial + (row[:, None] + (first + c)[None, :]), acc, mask=live_k[:, None] & live[None, :])
+
+
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
@@ -168,7 +352,7 @@ class _Layer(NamedTuple):
 
     input: Tensor
     passthrough: Tensor | None
-    dw_weight: Tensor
+    bank: Tensor
     dw_affine: Affine
     dw_residual: Tensor | None
     pw_weight: Tensor
@@ -203,9 +387,13 @@ class _Layer(NamedTuple):
 def _layer(tensors: Sequence[Tensor | None], geometry: list[int], slopes: list[float]) -> _Layer:
     """From the operator's 12 tensors."""
     input, passthrough, dw_weight, *dw_vectors, dw_residual, pw_weight, bias, scale, shift, residual = tensors
+    sizes = L.sizes_of(input, dw_weight, geometry)
+    vec = L.vector_width((input, dw_residual), (input.shape[1], sizes.D))
+    dtype = torch.promote_types(input.dtype, torch.float32)  # the accumulators'
+    bank, window = L.bank_of(dw_weight, L.window_of(dw_weight, geometry), sizes, vec, dtype)
     return _Layer(
-        input, passthrough, dw_weight, L.affine(*dw_vectors), dw_residual, pw_weight, L.affine(bias, scale, shift),
-        residual, geometry, slopes, L.sizes_of(input, dw_weight, geometry), L.window_of(dw_weight, geometry),
+        input, passthrough, bank, L.affine(*dw_vectors), dw_residual, pw_weight, L.affine(bias, scale, shift),
+        residual, geometry, slopes, sizes, window,
     )  # fmt: skip
 
 
@@ -214,10 +402,11 @@ def _matrix(layer: _Layer) -> Matrix:
     return Matrix(layer.pw_weight, k, c, layer.K, layer.passed)
 
 
-def _kept(x: Tensor, layer: _Layer) -> Kept:
-    """The channels of `x` (the output or its gradient) that z's last ones are kept in."""
-    first = layer.passed + layer.sizes.D - layer.keep
-    return Kept(*L.as_map(x[:, : layer.keep] if layer.keep else None), first)
+def _kept(x: Tensor, layer: _Layer) -> Kept | None:
+    """The channels of `x` (the output or its gradient) that z's last ones are kept in; None where none is."""
+    if not layer.keep:
+        return None
+    return Kept(*L.as_map(x[:, : layer.keep]), layer.passed + layer.sizes.D - layer.keep)
 
 
 def _vectors(layer: _Layer, inner: Sequence[Tensor | None], outer: Sequence[Tensor | None], whole: Tensor) -> Vectors:
@@ -237,14 +426,19 @@ def _vectors(layer: _Layer, inner: Sequence[Tensor | None], outer: Sequence[Tens
     )
 
 
-def _constants(layer: _Layer, window: Window, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
-    """What shapes the code of every kernel here."""
+def _wide(layer: _Layer, maps: Sequence[Tensor | None]) -> bool:
+    """Whether offsets into the layer's tensors and `maps` need 64 bits."""
     maps = (layer.input, layer.passthrough, layer.dw_residual, layer.residual, *maps)
+    return L.needs_wide(maps, layer.sizes, layer.window)
+
+
+def _constants(layer: _Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
+    """What shapes the code of every kernel here."""
     return {
-        "WINDOW": window,
+        "WINDOW": layer.window,
         "DW_CHAIN": L.depthwise_chain(layer.geometry, layer.slopes[0]),
         "PRECISION": L.dot_precision(layer.input),
-        "WIDE": L.needs_wide(maps, layer.sizes, window),
+        "WIDE": _wide(layer, maps),
         "STRIP": L.strip_width(layer.sizes.Q, block_m) if layer.geometry[G.CHANNELS_LAST] else layer.sizes.Q,
     }
 
@@ -253,9 +447,9 @@ def _pointwise_chain(layer: _Layer) -> Chain:
     return Chain(layer.geometry[G.PW_ACTIVATION], layer.geometry[G.PW_POST_ACTIVATION], layer.slopes[1])
 
 
-def _depthwise_operands(layer: _Layer, bank: Tensor) -> tuple:
+def _depthwise_operands(layer: _Layer) -> tuple:
     return (
-        L.as_map(layer.input), bank, layer.dw_affine, L.as_map(layer.dw_residual), L.as_map(layer.passthrough),
+        L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(layer.dw_residual), L.as_map(layer.passthrough),
         _matrix(layer),
     )  # fmt: skip
 
@@ -274,31 +468,202 @@ def dsconv_fwd(
     output = layer.map_of(layer.keep + layer.K)
     y = output[:, layer.keep :]
     vectors = _vectors(layer, (), (residual, y), output)
-    bank, window = L.bank_of(dw_weight, layer.window, layer.sizes, vectors.C)
-    config = forward_config(layer, vectors.C)
+    config = pointwise_config(layer, vectors.C, roomy=_wide(layer, (output,)))
     L.launch(
         _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), input,
-        *_depthwise_operands(layer, bank), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
+        *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
         layer.sizes, CHAIN=_pointwise_chain(layer), VEC=vectors,
-        **_constants(layer, window, (output,), config.BLOCK_M), **config._asdict(),
+        **_constants(layer, (output,), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
     return output
+
+
+# Places of the operator's tensors, and so bits of the gradient mask.
+_INPUT, _PASSTHROUGH, _DW_WEIGHT, _DW_BIAS, _DW_SCALE, _DW_SHIFT, _DW_RESIDUAL = range(7)
+_PW_WEIGHT, _BIAS, _SCALE, _SHIFT, _RESIDUAL = range(7, 12)
+
+
+class _Gradients:
+    """The gradients asked for, and how they come about.
+
+    Attributes:
+        tensors: the operator's 12 tensors.
+        mask: a bit for each whose gradient is wanted.
+        found: the gradients so far, by place.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor | None], mask: int):
+        self.tensors = tensors
+        self.mask = mask
+        self.found: dict[int, Tensor] = {}
+
+    def wants(self, *places: int) -> bool:
+        """Whether any of these is asked for."""
+        return any(self.mask >> place & 1 for place in places)
+
+    def map_of(self, place: int, layer: _Layer) -> Tensor | None:
+        """An empty gradient of the map there, or None where it is not asked for."""
+        if self.wants(place):
+            self.found[place] = fake_output(self.tensors[place], self.tensors[place].shape, layer.geometry)
+        return self.found.get(place)
+
+    def partial_sums(self, first: int, blocks: int) -> Affine:
+        """Scratch for the sums over pixels of the three per-channel vectors from place `first` on."""
+        x = self.tensors[_INPUT]
+        places = range(first, first + 3)
+        return Affine(
+            *(partials(x, blocks, 1, self.tensors[at].numel()) if self.wants(at) else None for at in places)
+        )  # fmt: skip
+
+    def sum_up(self, first: int, partial: Affine) -> None:
+        """Turns that scratch into the gradients."""
+        for place, sums in enumerate(partial, first):
+            if sums is not None:
+                vector = self.tensors[place]
+                out = torch.empty(vector.shape, dtype=vector.dtype, device=vector.device)
+                self.found[place] = sum_partials(sums, out)
+
+    def in_order(self) -> list[Tensor]:
+        """Those asked for, in the order of the tensors."""
+        return [self.found[place] for place in range(len(self.tensors)) if self.wants(place)]
+
+
+def _output_gradient(layer: _Layer, grad_output: Tensor, output: Tensor | None, gradients: _Gradients) -> Tensor:
+    """The gradient at the pointwise convolution's sums; that of its epilogue's tensors into `gradients`."""
+    grad = grad_output[:, layer.keep :]
+    chain = _pointwise_chain(layer)
+    linear = chain.ACT == chain.POST == NONE
+    inner = gradients.wants(*range(_BIAS)) or gradients.wants(_BIAS)
+    scaled = not linear or layer.affine.scale is not None
+    if not gradients.wants(_BIAS, _SCALE, _SHIFT, _RESIDUAL) and not (inner and scaled):
+        return grad
+    du = layer.map_of(layer.K) if scaled and gradients.wants(*range(_BIAS)) else None
+    residual_grad = gradients.map_of(_RESIDUAL, layer)
+    saved = None if output is None else output[:, layer.keep :]
+    residual = layer.residual if chain.POST != NONE else None
+    recompute = gradients.wants(_SCALE) or not (linear or saved is not None)
+    vectors = _vectors(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
+    config = pointwise_config(layer, vectors.C, roomy=True, table=_OUTPUT_GRADIENT)
+    rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
+    partial = gradients.partial_sums(_BIAS, rows)
+    L.launch(
+        _output_gradient_kernel, rows * triton.cdiv(layer.K, config.BLOCK_K), layer.input,
+        *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(grad), L.as_map(saved),
+        L.as_map(du), L.as_map(residual_grad), partial, layer.sizes,
+        CHAIN=chain, VEC=vectors, RECOMPUTE=recompute,
+        **_constants(layer, (grad_output, du, residual_grad), config.BLOCK_M), **config._asdict(),
+    )  # fmt: skip
+    gradients.sum_up(_BIAS, partial)
+    return grad if du is None else du
+
+
+def _passed_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: _Gradients) -> None:
+    """The gradient of the passthrough."""
+    grad = gradients.map_of(_PASSTHROUGH, layer)
+    if grad is None:
+        return
+    vectors = _vectors(layer, (grad,), (du,), grad_output)
+    config = backward_config(layer, layer.passed)
+    constants = _constants(layer, (grad_output, du), config.BLOCK_M)
+    del constants["WINDOW"], constants["DW_CHAIN"]
+    L.launch(
+        _passed_gradient_kernel,
+        triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.passed, config.BLOCK_C), layer.input,
+        L.as_map(du), _matrix(layer), _kept(grad_output, layer), L.as_map(grad), layer.sizes,
+        VEC=vectors, **constants, **config._asdict(),
+    )  # fmt: skip
+
+
+def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: _Gradients) -> Tensor | None:
+    """The gradient at the depthwise convolution's sums; that of its epilogue's tensors into `gradients`."""
+    if not gradients.wants(_INPUT, *range(_DW_WEIGHT, _PW_WEIGHT)):
+        return None
+    chain = L.depthwise_chain(layer.geometry, layer.slopes[0])
+    sums_grad = layer.map_of(layer.sizes.D) if gradients.wants(_INPUT, _DW_WEIGHT) else None
+    residual_grad = gradients.map_of(_DW_RESIDUAL, layer)
+    residual = layer.dw_residual if chain.POST != NONE else None
+    recompute = gradients.wants(_DW_SCALE) or not chain.ACT == chain.POST == NONE
+    vectors = _vectors(layer, (sums_grad, residual_grad), (du,), grad_output)
+    config = backward_config(layer, layer.sizes.D)
+    rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
+    partial = gradients.partial_sums(_DW_BIAS, rows)
+    L.launch(
+        _depthwise_gradient_kernel, rows * triton.cdiv(layer.sizes.D, config.BLOCK_C), layer.input,
+        L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(residual), L.as_map(du), _matrix(layer),
+        _kept(grad_output, layer), L.as_map(sums_grad), L.as_map(residual_grad), partial, layer.sizes,
+        VEC=vectors, RECOMPUTE=recompute,
+        **_constants(layer, (grad_output, du), config.BLOCK_M), **config._asdict(),
+    )  # fmt: skip
+    gradients.sum_up(_DW_BIAS, partial)
+    return sums_grad
+
+
+def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
+    """The gradient of the pointwise weight: sum over pixels of du[pixel, k] * z[pixel, c], z recomputed."""
+    vectors = _vectors(layer, (), (du,), du)
+    config = matrix_config(layer, vectors.C)
+    tiles = triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(layer.sizes.D, config.BLOCK_C)
+    blocks = triton.cdiv(layer.sizes.M, config.BLOCK_M)
+    # Two programs a processor; more parts would only be more partial sums to write and read.
+    steps = max(1, blocks * tiles // (2 * L.processors(layer.input)))
+    parts = triton.cdiv(blocks, steps)
+    partial = partials(layer.input, parts, 1, layer.pw_weight.numel())
+    for of_passed, channels in ((True, layer.passed), (False, layer.sizes.D)):
+        L.launch(
+            _matrix_gradient_kernel,
+            parts * triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(channels, config.BLOCK_C), layer.input,
+            *_depthwise_operands(layer), L.as_map(du), partial, layer.sizes, steps,
+            VEC=vectors, OF_PASSED=of_passed, **_constants(layer, (du,), config.BLOCK_M), **config._asdict(),
+        )  # fmt: skip
+    weight = layer.pw_weight
+    return sum_partials(partial, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
+
+
+def dsconv_bwd(
+    grad_output: Tensor, output: Tensor | None, input: Tensor, passthrough: Tensor | None, dw_weight: Tensor,
+    dw_bias: Tensor | None, dw_scale: Tensor | None, dw_shift: Tensor | None, dw_residual: Tensor | None,
+    pw_weight: Tensor, bias: Tensor | None, scale: Tensor | None, shift: Tensor | None, residual: Tensor | None,
+    geometry: list[int], slopes: list[float], mask: int,
+) -> list[Tensor]:  # fmt: skip
+    """The operator `dsconv_bwd` of schemas.inc."""
+    tensors = (
+        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, scale, shift, residual,
+    )  # fmt: skip
+    layer = _layer(tensors, geometry, slopes)
+    gradients = _Gradients(tensors, mask)
+    du = _output_gradient(layer, grad_output, output, gradients)
+    _passed_gradient(layer, du, grad_output, gradients)
+    sums_grad = _depthwise_gradient(layer, du, grad_output, gradients)
+    if gradients.wants(_PW_WEIGHT):
+        gradients.found[_PW_WEIGHT] = _matrix_gradient(layer, du)
+    if gradients.wants(_INPUT):
+        gradients.found[_INPUT] = input_gradient(sums_grad, dw_weight, input, geometry)
+    if gradients.wants(_DW_WEIGHT):
+        gradients.found[_DW_WEIGHT] = weight_gradient(sums_grad, input, dw_weight, geometry)
+    return gradients.in_order()
 
 
 # ---- configurations -------------------------------------------------------------------------------------------------
 
 # (BLOCK_M, BLOCK_K): (BLOCK_C, warps), in order of preference for a given BLOCK_K.
+# half    64 pixels fill a wgmma; 32 channels are 64 bytes, two sectors, of a pixel, and a thread holds 8 or 16
+#         elements of z: more, times a row of taps in flight, would halve the programs a processor holds. Few pixels:
+#         64 channels, so that the sum over C takes half as many steps, each a trip to memory.
+# tf32    the same in twice the bytes: 16 channels where a thread would hold 16 elements of 4 bytes.
+# ieee    FMA, not tensor cores: bound by arithmetic from 64 channels on; shared memory feeds 8 x 4 sums a thread.
+# double  DMMA on sm_80 and 90: tiles are small, as everything is twice as wide.
 _FORWARD = {
     "half": {
         (64, 256): (32, 8), (32, 256): (32, 8), (16, 256): (64, 8),
-        (64, 128): (32, 8), (32, 128): (32, 4), (16, 128): (64, 4),
+        (64, 128): (32, 4), (32, 128): (32, 4), (16, 128): (64, 4),
         (64, 64): (32, 4), (32, 64): (32, 4), (16, 64): (64, 4),
         (64, 32): (32, 4), (32, 32): (32, 4), (16, 32): (64, 4),
     },
     "tf32": {
-        (64, 256): (32, 8), (32, 256): (32, 8), (16, 256): (32, 8),
+        (32, 256): (32, 8), (16, 256): (32, 8),
         (64, 128): (32, 8), (32, 128): (32, 4), (16, 128): (32, 4),
-        (64, 64): (16, 4), (32, 64): (32, 4), (16, 64): (32, 4),
+        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (32, 4),
         (64, 32): (16, 4), (32, 32): (32, 4), (16, 32): (32, 4),
     },
     "ieee": {
@@ -312,6 +677,28 @@ _FORWARD = {
     },
 }  # fmt: skip
 
+# The same for the gradient at the pointwise sums: its epilogue needs the registers of as many sums again.
+_OUTPUT_GRADIENT = {
+    "half": {
+        (32, 128): (32, 8), (16, 128): (64, 8),
+        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (64, 4),
+        (64, 32): (32, 4), (32, 32): (32, 4), (16, 32): (64, 4),
+    },
+    "tf32": {
+        (32, 128): (32, 8), (16, 128): (32, 8),
+        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (32, 4),
+        (64, 32): (16, 4), (32, 32): (32, 4), (16, 32): (32, 4),
+    },
+    "ieee": {
+        (64, 64): (16, 8), (32, 64): (16, 4), (16, 64): (16, 4),
+        (64, 32): (16, 4), (32, 32): (16, 4), (16, 32): (16, 4),
+    },
+    "double": {
+        (16, 64): (16, 8),
+        (32, 32): (16, 8), (16, 32): (16, 4),
+    },
+}  # fmt: skip
+
 
 def _kind(x: Tensor) -> str:
     if x.element_size() == 2:
@@ -322,29 +709,77 @@ def _kind(x: Tensor) -> str:
 def _registers(layer: _Layer, vec: int) -> int:
     """The bound on a thread's registers.
 
-    Without one the assembler aims at an occupancy of its own and may spill for it. Half types with a light epilogue
-    (no scale, shift or residual) and wide accesses fit 128: two blocks of eight warps a processor, one loading while
-    the other computes.
+    Without one the assembler aims at an occupancy of its own and may spill for it. Plain layers of a half type (packed
+    bank, 16-byte accesses, nothing added, scaled, passed or kept) fit 128, or 160 where four warps hold 64 x 128 sums:
+    programs of 12 to 16 warps in all on a processor, some loading while others compute. The rest take what they need.
     """
-    extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual)
-    light = all(extra is None for extra in extras)
-    return 128 if light and vec > 1 and layer.input.element_size() == 2 else 255
+    extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
+    plain = layer.window.B == 0 and vec == 8 and not layer.keep and all(extra is None for extra in extras)
+    return 128 if plain else 255
 
 
-def forward_config(layer: _Layer, vec: int) -> L.Config:
+def pointwise_config(layer: _Layer, vec: int, *, roomy: bool, table: dict = _FORWARD) -> L.Config:
     """The widest tile of the table that gives every processor a program, pixels given up before channels.
 
-    `vec` is how many channels an access to z's maps takes.
+    Args:
+        vec: how many channels an access to z's maps takes. Where it is one, the addresses need the registers of the
+            largest tile, and the others twice the threads.
+        roomy: whether threads take what registers they need (see `_registers`): 64-bit offsets, a backward epilogue.
+        table: one of the above.
     """
     if L.INTERPRETED:
-        return L.Config(32, 16, 32, 4, 1)
-    table = _FORWARD[_kind(layer.input)]
-    widest = max(triton.next_power_of_2(layer.K), min(k for _, k in table))
+        return L.Config(64, 32, 64, 4, 1)
+    tiles = table[_kind(layer.input)]
+    registers = 255 if roomy else _registers(layer, vec)
+    widest = max(triton.next_power_of_2(layer.K), min(k for _, k in tiles))
     deepest = max(triton.next_power_of_2(layer.sizes.D), 16)
-    for (m, k), (c, warps) in table.items():
-        if k > widest or (vec == 1 and m * k > 64 * 128):  # addresses one by one take the registers of the largest tile
+    for (m, k), (c, warps) in tiles.items():
+        if k > widest or (vec == 1 and m * k > 64 * 128):
             continue
-        config = L.Config(m, min(c, deepest), k, warps, 2, _registers(layer, vec))
+        warps = 8 if vec == 1 and m == 64 else warps
+        bound = 160 if registers == 128 and (m, k, warps) == (64, 128, 4) else registers
+        config = L.Config(m, min(c, deepest), k, warps, 2, bound)
         if triton.cdiv(layer.sizes.M, m) * triton.cdiv(layer.K, k) >= L.processors(layer.input):
             break
     return config
+
+
+# BLOCK_M: (BLOCK_C, BLOCK_K, warps, stages) of the kernels that sum over k, in order of preference. The loop over k has
+# nothing but loads and a dot, so it is pipelined: three stages of (64 + 64) x 64 halves are 48 KB, of 227 a processor.
+_BACKWARD = {
+    "half": {64: (64, 64, 8, 3), 32: (64, 64, 8, 3), 16: (64, 64, 4, 3)},
+    "tf32": {64: (32, 32, 8, 2), 32: (32, 32, 4, 2), 16: (32, 32, 4, 2)},
+    "ieee": {64: (32, 32, 8, 2), 32: (32, 32, 8, 2), 16: (32, 32, 4, 2)},
+    "double": {32: (16, 32, 4, 2), 16: (16, 32, 4, 2)},
+}
+
+
+def backward_config(layer: _Layer, channels: int) -> L.Config:
+    """As `pointwise_config`, for a kernel whose programs own a block of `channels`, each summing over all K."""
+    if L.INTERPRETED:
+        return L.Config(64, 32, 64, 4, 1)
+    for m, (c, k, warps, stages) in _BACKWARD[_kind(layer.input)].items():
+        config = L.Config(m, min(c, max(triton.next_power_of_2(channels), 16)), k, warps, stages, 255)
+        if triton.cdiv(layer.sizes.M, m) * triton.cdiv(channels, config.BLOCK_C) >= L.processors(layer.input):
+            break
+    return config
+
+
+# (BLOCK_M, BLOCK_C, BLOCK_K) of the kernel that sums over pixels; the second where maps are read channel by channel.
+# 128 of K, so that z is computed once for most layers; each further block of channels reads du again, from L2.
+_MATRIX = {
+    "half": ((64, 64, 128), (64, 32, 128)),
+    "tf32": ((64, 32, 128), (64, 32, 128)),
+    "ieee": ((32, 32, 128), (32, 32, 128)),
+    "double": ((32, 16, 64), (32, 16, 64)),
+}
+
+
+def matrix_config(layer: _Layer, vec: int) -> L.Config:
+    """The tile of the pointwise weight's gradient: BLOCK_K x BLOCK_C sums, BLOCK_M pixels a step."""
+    if L.INTERPRETED:
+        return L.Config(64, 32, 64, 4, 1)
+    m, c, k = _MATRIX[_kind(layer.input)][vec == 1]
+    c = min(c, max(triton.next_power_of_2(max(layer.sizes.D, layer.passed)), 16))
+    k = min(k, max(triton.next_power_of_2(layer.K), 32))
+    return L.Config(m, c, k, 8, 1, 255)
