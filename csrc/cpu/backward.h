@@ -269,22 +269,6 @@ class GradDepthwiseWeight {
   index_t ld_;
 };
 
-// A zeroed block of `size` values for each slot.
-template <class C>
-C* partial_sums(Arena& arena, index_t slots, index_t size) {
-  C* sums = static_cast<C*>(arena.allocate(slots * size * sizeof(C)));
-  __builtin_memset(sums, 0, slots * size * sizeof(C));
-  return sums;
-}
-
-// Adds the slots in order into the first one.
-template <class C>
-void reduce_slots(C* sums, index_t slots, index_t size) {
-  for (index_t s = 1; s < slots; ++s) {
-    for (index_t i = 0; i < size; ++i) sums[i] += sums[s * size + i];
-  }
-}
-
 // [tap][channel] -> weight gradient [bank][R * S]: the uses of a shared kernel are summed.
 template <class T>
 void write_depthwise_weight_grad(const DepthwiseGeometry& g, const double* sums, void* destination) {

@@ -161,14 +161,6 @@ class DepthwiseRow {
     }
   }
 
-  // f(c, whole): every register of channels; `whole` is a compile-time constant.
-  template <class F>
-  EFFOPS_INLINE void for_each_register(const F& f) const {
-    index_t c = 0;
-    for (; c + kLanes<C> <= channels_; c += kLanes<C>) f(c, std::true_type{});
-    if (c < channels_) f(c, std::false_type{});
-  }
-
   // The epilogue as most layers have it: bias, then a clamp. Copied into locals by the kernels, since every store might
   // alias `this`.
   struct Clamp {
@@ -192,7 +184,7 @@ class DepthwiseRow {
   void pixel(const Clamp& out, const Segment& s, index_t i) const {
     const index_t q = s.q0 + i;
     const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
-    for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+    for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(whole)::value;
       vec<C> acc = out.start(c);
       for (index_t r = s.r_begin; r < s.r_end; ++r) {
@@ -231,11 +223,11 @@ class DepthwiseRow {
       const index_t at = imin(i, s.count - Block);
       const index_t x = (s.q0 + at) * stride - g_.pad_left;  // the first input pixel of the block
       if (x >= 0 && x + (Block - 1) * stride + S <= g_.W) {
-        for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+        for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, false>(out, s, c, at, x);
         });
       } else {
-        for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+        for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, true>(out, s, c, at, x);
         });
       }

@@ -69,19 +69,20 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
     const auto tile = [&](bool want) {
       return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr;
     };
-    C *grad = tile(true), *u = tile(raw), *saved = tile(from_output),
-      *residual = tile(epilogue.residual.data && epilogue.post != Activation::none),
-      *grad_residual = tile(args.grads.residual.data);
+    const TileOfMap<T> grad_output(arena, args.grad_output, g, 0, channels, rows * g.Q);
+    const TileOfMap<T> saved(arena, args.output, g, 0, channels, rows * g.Q);
+    const TileOfMap<T> residual(arena, epilogue.post != Activation::none ? epilogue.residual : TensorRef{}, g, 0,
+                                channels, rows * g.Q);
+    C *grad = tile(true), *u = tile(raw), *grad_residual = tile(args.grads.residual.data);
     for (index_t i = plan.count * slot / plan.slots; i < plan.count * (slot + 1) / plan.slots; ++i) {
       const Band band = plan.band(i);
       work.grad_input.begin(band);
       plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
         const index_t begin = (band.n * g.P + p_begin) * g.Q, end = (band.n * g.P + p_end) * g.Q;
-        gather_pixels<T>(args.grad_output, begin, end, g.P, g.Q, 0, channels, grad, ld);
-        if (saved) gather_pixels<T>(args.output, begin, end, g.P, g.Q, 0, channels, saved, ld);
-        if (residual) gather_pixels<T>(epilogue.residual, begin, end, g.P, g.Q, 0, channels, residual, ld);
         if (u) recompute_depthwise<T>(work.source, g, weights, epilogue, false, band.n, p_begin, p_end, u, ld, nullptr);
-        const EpilogueBackward<C> backward{epilogue, u, saved, residual, grad_residual, ld};
+        const EpilogueBackward<C> backward{epilogue, grad_output.read(begin, end), saved.read(begin, end),
+                                           u,        residual.read(begin, end),    grad_residual,
+                                           ld};
         backward.run(end - begin, channels, grad, owned ? own_sums : no_sums);
         if (owned && grad_residual)
           scatter_pixels<T>(grad_residual, ld, args.grads.residual, begin, end, g.P, g.Q, 0, channels);
