@@ -54,23 +54,34 @@ EFFOPS_INLINE V sum_of_chains(const V (&chains)[kChains]) {
   return (chains[0] + chains[1]) + (chains[2] + chains[3]);
 }
 
-// Of one register of channels: x = the first pixel's, `lanes` of them count.
+// Of one register of channels: x = the first pixel's, `lanes` of them count. The mean is summed in double: its error
+// would otherwise be that of a float chain, which torch's is not.
 template <bool Full, class C>
 EFFOPS_INLINE void register_moments(const C* x, index_t ld, index_t pixels, index_t lanes, double* mean, double* m2) {
-  vec<C> sums[kChains]{}, squares[kChains]{}, rests[kChains]{};
-  in_chains(pixels, [&](index_t i, int k)
-                        __attribute__((always_inline)) { sums[k] = sums[k] + load_lanes<Full>(x + i * ld, lanes); });
-  const vec<C> centre = sum_of_chains(sums) / splat(static_cast<C>(pixels));
+  constexpr int kParts = DoubleLanes<C>::kParts;
+  vec<double> sums[kParts][kChains]{};
+  in_chains(pixels, [&](index_t i, int k) __attribute__((always_inline)) {
+    const DoubleLanes<C> wide = to_doubles(load_lanes<Full>(x + i * ld, lanes));
+#pragma GCC unroll 2
+    for (int p = 0; p < kParts; ++p) sums[p][k] = sums[p][k] + wide.part[p];
+  });
+  double exact[kLanes<C>];
+  vec<C> centre;
+#pragma GCC unroll 2
+  for (int p = 0; p < kParts; ++p) {
+    store(exact + p * kLanes<double>, sum_of_chains(sums[p]) / splat(static_cast<double>(pixels)));
+  }
+  for (int j = 0; j < kLanes<C>; ++j) centre[j] = static_cast<C>(exact[j]);
+  vec<C> squares[kChains]{};
   in_chains(pixels, [&](index_t i, int k) __attribute__((always_inline)) {
     const vec<C> d = load_lanes<Full>(x + i * ld, lanes) - centre;
     squares[k] = squares[k] + d * d;
-    rests[k] = rests[k] + d;
   });
-  const vec<C> square = sum_of_chains(squares), rest = sum_of_chains(rests);
-  const double share = 1.0 / static_cast<double>(pixels);
-  for (index_t j = 0; j < imin(lanes, kLanes<C>); ++j) {  // `rest` takes back what rounding the mean lost
-    mean[j] = centre[j] + rest[j] * share;
-    m2[j] = square[j] - static_cast<double>(rest[j]) * rest[j] * share;
+  const vec<C> square = sum_of_chains(squares);
+  for (index_t j = 0; j < imin(lanes, kLanes<C>); ++j) {
+    const double off = exact[j] - centre[j];  // what rounding the mean took away
+    mean[j] = exact[j];
+    m2[j] = square[j] - off * off * static_cast<double>(pixels);
   }
 }
 

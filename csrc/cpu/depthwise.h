@@ -65,6 +65,7 @@ class RowSource {
   }
 
   index_t pixel_stride() const { return pixel_stride_; }
+  bool direct() const { return direct_; }  // rows stay where they are
   // How far below a row its successor in the window starts; 0 where rows come through the ring.
   index_t next_row() const { return direct_ ? g_.stride_h * tensor_.h : 0; }
 
@@ -116,8 +117,9 @@ class DepthwiseRow {
 
   // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or
   // null.
-  void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld,
-           const C* residual, index_t residual_ld) const {
+  template <class Source>  // RowSource<T>, or what has its row, pixel_stride and next_row
+  void run(Source& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld, const C* residual,
+           index_t residual_ld) const {
     const TapRange r = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
     Segment segment{{},     r.begin,  r.end,      source.pixel_stride(), source.next_row(), q0, count, dst,
                     dst_ld, residual, residual_ld};
@@ -276,7 +278,8 @@ class DepthwiseRow {
 
   // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before
   // fast; no net uses it.
-  void tall(RowSource<T>& source, index_t n, index_t p, const Segment& s) const {
+  template <class Source>
+  void tall(Source& source, index_t n, index_t p, const Segment& s) const {
     for (index_t c = 0; c < channels_; c += kLanes<C>) {
       for (index_t i = 0; i < s.count; ++i) {
         const index_t q = s.q0 + i;

@@ -111,22 +111,22 @@ struct DsconvBackward {
     const DepthwiseGeometry& g;
     index_t slot;
     Arena arena{Arena::kTask};
-    DepthwiseSlot<T> depthwise;
-    EpilogueSums dw_own, pw_own;
     index_t rows;
-    TileOfMap<T> grad_output, saved, pw_residual;           // K channels
-    C *gv, *v, *pw_grad_residual;                           // [pixels][ldk]
-    C *z, *u, *gz, *kept, *dw_residual, *dw_grad_residual;  // [pixels][ldz]
+    DepthwiseSlot<T> depthwise;  // has the tiles of gz
+    EpilogueSums dw_own, pw_own;
+    TileOfMap<T> grad_output, saved, pw_residual;                     // K channels
+    C *gv, *v, *pw_grad_residual;                                     // [pixels][ldk]
+    C *z, *u, *gz = nullptr, *kept, *dw_residual, *dw_grad_residual;  // [pixels][ldz]
 
     Slot(const DsconvBackward& o, index_t s)
         : op(o),
           g(o.g),
           slot(s),
+          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)),
           depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights,
-                    o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr),
+                    o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr, rows, o.ldz, o.passthrough),
           dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
           pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),
-          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)),
           grad_output(arena, o.args.grad_output, g, o.fwd.keep, o.K, rows * g.Q),
           saved(arena, o.has_norm || o.from_output ? o.saved : TensorRef{}, g, o.has_norm ? 0 : o.fwd.keep, o.K,
                 rows * g.Q),
@@ -139,7 +139,6 @@ struct DsconvBackward {
       pw_grad_residual = tile(op.args.pw_grads.residual.data, op.ldk);
       z = tile(op.want_z, op.ldz);
       u = tile(op.raw_u, op.ldz);
-      gz = tile(op.want_gz, op.ldz);
       kept = tile(op.want_gz && op.fwd.keep > 0, op.ldz);
       dw_residual = tile(op.dw_epilogue.residual.data && (op.want_z || op.raw_u), op.ldz);
       dw_grad_residual = tile(op.args.dw_grads.residual.data, op.ldz);
@@ -148,7 +147,7 @@ struct DsconvBackward {
     void run() {
       for (index_t i = op.plan.count * slot / op.plan.slots; i < op.plan.count * (slot + 1) / op.plan.slots; ++i) {
         const Band band = op.plan.band(i);
-        depthwise.grad_input.begin(band);
+        depthwise.begin(band);
         op.plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
           const Tile t{band.n, p_begin, p_end, (band.n * g.P + p_begin) * g.Q, (band.n * g.P + p_end) * g.Q, owned};
           recompute(t);
@@ -157,10 +156,10 @@ struct DsconvBackward {
           if (op.want_gz) {
             pointwise_input(t);
             depthwise_sums(t);
-            depthwise.take(g, t.n, p_begin, p_end, owned, needed, gz + op.passthrough, op.ldz);
+            depthwise.take(t.n, p_begin, p_end, owned, needed);
           }
         });
-        if (depthwise.grad_input.wanted()) depthwise.grad_input.end();
+        depthwise.end();
       }
     }
 
@@ -230,6 +229,7 @@ struct DsconvBackward {
 
     // gz: the gradient at [passthrough | depthwise result]
     void pointwise_input(const Tile& t) {
+      gz = depthwise.place(t.p_end - t.p_begin);
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t ld = op.panels_c.width(i) * kLanes<C>, column = op.panels_c.first_column(i);
         gemm_panel(op.panels_c.width(i), t.pixels(), {gv, op.ldk, 1, op.K}, op.packed_backward + op.K * column, ld,

@@ -79,8 +79,12 @@ constexpr index_t kShortChain = 16;
 template <class C>
 EFFOPS_INLINE void add_to_doubles(double* sums, vec<C> value, index_t lanes) {
   if (lanes >= kLanes<C>) {
-#pragma GCC unroll 16
-    for (index_t i = 0; i < kLanes<C>; ++i) sums[i] += value[i];
+    const DoubleLanes<C> wide = to_doubles(value);
+#pragma GCC unroll 2
+    for (int i = 0; i < DoubleLanes<C>::kParts; ++i) {
+      double* at = sums + i * kLanes<double>;
+      store(at, load(at) + wide.part[i]);
+    }
   } else {
     for (index_t i = 0; i < lanes; ++i) sums[i] += value[i];
   }
