@@ -258,29 +258,37 @@ struct NormBackward {
   C* grad_residual;
   index_t ld;  // of raw, grad_residual and the result
 
+  // A few pixels at a time, all their channels: the rows are read from memory in the order they lie.
   void run(index_t pixels, index_t channels, C* result, const EpilogueSums& sums) const {
-    for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
-      const index_t lanes = channels - c;
-      for (index_t first = 0; first < pixels; first += kShortChain) {
+    for (index_t first = 0; first < pixels; first += kShortChain) {
+      const index_t last = imin(pixels, first + kShortChain);
+      for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
+        constexpr bool kFull = decltype(whole)::value;
+        const Coefficients at{load(output.epilogue.scale + c), load(norm.mean + c), load(norm.slope + c),
+                              load(norm.offset + c)};
         vec<C> sum_bias{};
-        for (index_t i = first; i < imin(pixels, first + kShortChain); ++i) {
-          const vec<C> g = one_vector<decltype(whole)::value>(i, c, lanes);
+        for (index_t i = first; i < last; ++i) {
+          const vec<C> g = one_vector<kFull>(i, c, channels - c, at);
           sum_bias = sum_bias + g;
           store(result + i * ld + c, g);
         }
-        if (sums.bias) add_to_doubles<C>(sums.bias + c, sum_bias, lanes);
-      }
-    });
+        if (sums.bias) add_to_doubles<C>(sums.bias + c, sum_bias, channels - c);
+      });
+    }
   }
 
  private:
+  struct Coefficients {
+    vec<C> scale, mean, slope, offset;
+  };
+
   template <bool Full>
-  EFFOPS_INLINE vec<C> one_vector(index_t pixel, index_t c, index_t lanes) const {
+  EFFOPS_INLINE vec<C> one_vector(index_t pixel, index_t c, index_t lanes, const Coefficients& at) const {
     const Epilogue<C>& epilogue = output.epilogue;
     vec<C> a;
     vec<C> g = output.template at<Full>(pixel, c, lanes, a);
     if (grad_residual) store(grad_residual + pixel * ld + c, g);
-    g = g * load(epilogue.scale + c) + ((a - load(norm.mean + c)) * load(norm.slope + c) + load(norm.offset + c));
+    g = g * at.scale + ((a - at.mean) * at.slope + at.offset);
     if (raw != nullptr) {
       vec<C> u = load(raw + pixel * ld + c);
       if (epilogue.bias) u = u + load(epilogue.bias + c);

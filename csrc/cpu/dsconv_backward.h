@@ -230,10 +230,15 @@ struct DsconvBackward {
     // gz: the gradient at [passthrough | depthwise result]
     void pointwise_input(const Tile& t) {
       gz = depthwise.place(t.p_end - t.p_begin);
+      const TensorRef& passthrough = op.args.grad_passthrough;
+      const bool wanted = t.owned && passthrough.data, direct = wanted && evenly_spaced(passthrough, g.N, g.P, g.Q);
+      T* const first = direct ? static_cast<T*>(passthrough.data) + t.begin * passthrough.w : nullptr;
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t ld = op.panels_c.width(i) * kLanes<C>, column = op.panels_c.first_column(i);
+        const StoreSplit<C, T> out{first + (direct ? column : 0), passthrough.w, direct ? op.passthrough - column : 0,
+                                   gz + column, op.ldz};
         gemm_panel(op.panels_c.width(i), t.pixels(), {gv, op.ldk, 1, op.K}, op.packed_backward + op.K * column, ld,
-                   StoreRaw<C>{gz + column, op.ldz});
+                   out);
       }
       if (kept) {
         const index_t keep = op.fwd.keep, first = op.Cz - keep;
@@ -242,7 +247,7 @@ struct DsconvBackward {
           for (index_t c = 0; c < keep; ++c) gz[i * op.ldz + first + c] += kept[i * op.ldz + c];
         }
       }
-      if (t.owned && op.args.grad_passthrough.data) scatter(gz, op.ldz, op.args.grad_passthrough, t, op.passthrough);
+      if (wanted && !direct) scatter(gz, op.ldz, passthrough, t, op.passthrough);
     }
 
     // gz's depthwise part -> the gradient at the depthwise sums, in place

@@ -131,7 +131,7 @@ inline void reduce_epilogue_sums(const EpilogueSums& sums, index_t slots, index_
 //   raw       conv sums without bias, or null where the activation is none and no scale gradient is wanted
 //   saved     the epilogue's output, used instead of raw where given (the caller checked that it tells the derivative)
 //   residual  needed only under a post activation;  grad_residual  tile that receives d loss / d residual, or null
-// One channel block at a time over all pixels, so that the sums live in registers.
+// A few pixels at a time, all their channels: rows that lie in a tensor are read in the order they lie.
 template <class C>
 struct EpilogueBackward {
   const Epilogue<C>& epilogue;
@@ -145,18 +145,18 @@ struct EpilogueBackward {
     if (epilogue.trivial() && incoming.data == grad && grad_residual == nullptr && sums.bias == nullptr &&
         sums.scale == nullptr && sums.shift == nullptr)
       return;
-    for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
-      for (index_t first = 0; first < pixels; first += kShortChain) {
+    for (index_t first = 0; first < pixels; first += kShortChain) {
+      const index_t last = imin(pixels, first + kShortChain);
+      for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
         vec<C> sum_bias{}, sum_scale{}, sum_shift{};
-        const index_t last = imin(pixels, first + kShortChain);
         for (index_t i = first; i < last; ++i) {
           one_vector<decltype(whole)::value>(i, c, channels - c, grad, sum_bias, sum_scale, sum_shift);
         }
         if (sums.bias) add_to_doubles<C>(sums.bias + c, sum_bias, channels - c);
         if (sums.scale) add_to_doubles<C>(sums.scale + c, sum_scale, channels - c);
         if (sums.shift) add_to_doubles<C>(sums.shift + c, sum_shift, channels - c);
-      }
-    });
+      });
+    }
   }
 
  private:
