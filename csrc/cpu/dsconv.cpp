@@ -72,7 +72,7 @@ BatchNormRef batch_norm_ref(const DsconvForwardArgs& conv, const Tensor& input, 
   BatchNormRef norm;
   norm.weight = channel_ref(weight, input, conv.K, "norm_weight");
   norm.bias = channel_ref(bias, input, conv.K, "norm_bias");
-  STD_TORCH_CHECK(eps >= 0, "effops: eps must not be negative, got ", eps);
+  STD_TORCH_CHECK(eps >= 0, "effops: eps must be a number of at least 0, got ", eps);
   norm.eps = eps;
   return norm;
 }
