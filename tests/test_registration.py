@@ -458,7 +458,8 @@ def test_flops_are_two_a_multiply_accumulate(backend: str) -> None:
 
 
 def test_functions_are_documented_public_api() -> None:
-    assert effops.autograd.__all__ == ["DSConv2dFunction", "DepthwiseConv2dFunction", "DepthwiseStatsFunction"]
+    functions = ["DSConv2dFunction", "DSConvNorm2dFunction", "DepthwiseConv2dFunction", "DepthwiseStatsFunction"]
+    assert functions == effops.autograd.__all__
     for name in effops.autograd.__all__:
         function = getattr(effops.autograd, name)
         assert issubclass(function, torch.autograd.Function)
