@@ -20,7 +20,7 @@ from torch.compiler import is_compiling
 
 from effops.ops import geometry as G
 from effops.ops.dwconv import banks
-from effops.ops.epilogue import ACTIVATION_CODES, ACTIVATIONS
+from effops.ops.epilogue import ACTIVATION_CODES, ACTIVATIONS, BatchNorm
 
 Ints = int | tuple[int, int]
 Padding = int | tuple[int, int] | tuple[int, int, int, int] | str
@@ -74,6 +74,21 @@ def check_vector(op: str, name: str, t: Tensor, channels: int, kind: Kind) -> No
         raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: the input's {dtype}, or torch.float32")
     _require_device(op, name, t, device)
     raise ValueError(f"{op}: {name} must be {what}; got {_shape(t.shape)}")
+
+
+def check_batch_norm(
+    op: str, norm: BatchNorm, scale: Tensor | None, shift: Tensor | None, shape: Shape, kind: Kind
+) -> None:
+    """norm is a `BatchNorm` for a convolution's result of `shape`, and the only thing in its place."""
+    if not isinstance(norm, BatchNorm):
+        raise TypeError(f"{op}: batch_norm must be an effops.functional.BatchNorm or None; got {_described(norm)}")
+    if scale is not None or shift is not None:
+        raise ValueError(f"{op}: batch_norm stands in the place of scale and shift; give one or the other")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        if (vector := getattr(norm, name)) is not None:
+            check_vector(op, f"batch_norm.{name}", vector, shape[1], kind)
+    if shape[0] * shape[2] * shape[3] == 1:  # torch's words
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {torch.Size(shape)}")
 
 
 def check_residual(op: str, name: str, t: Tensor, shape: Shape, kind: Kind) -> None:

@@ -28,11 +28,14 @@ from effops._checks import BANK, Ints, Padding
 from effops.ops import dsconv as _dsconv
 from effops.ops import dwconv as _dwconv
 from effops.ops.dsconv.reference import dsconv as _dsconv_reference
+from effops.ops.dsconv.reference import normalise as _normalise
 from effops.ops.dwconv.reference import dwconv as _dwconv_reference
 from effops.ops.dwconv.reference import dwconv_stats as _dwconv_stats_reference
-from effops.ops.epilogue import Epilogue
+from effops.ops.epilogue import NONE, BatchNorm, Epilogue
+from effops.ops.geometry import CHANNELS_LAST, KEEP, PW_POST_ACTIVATION, in_format
 
 __all__ = [
+    "BatchNorm",
     "depthwise_conv2d",
     "depthwise_stats2d",
     "downsampling2d",
@@ -305,7 +308,7 @@ def depthwise_stats2d(
 def _separable(
     op, input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation, dw_share, keep,
     dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation,
-    activation, negative_slope, scale, shift, residual, post_activation, backend,
+    activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
 ):  # fmt: skip
     """The body of the depthwise separable functions: check, choose, call."""
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
@@ -346,6 +349,8 @@ def _separable(
         check.check_residual(op, "residual", residual, pw_shape, kind)
     dw_slope = check.check_slope(op, "dw_negative_slope", dw_negative_slope)
     slope = check.check_slope(op, "negative_slope", negative_slope)
+    if batch_norm is not None:
+        check.check_batch_norm(op, batch_norm, scale, shift, pw_shape, kind)
 
     taken = backends.choose(backends.Call("dsconv", op, input, dw_weight, pw_weight, geometry, pw_shape), backend)
     if taken == "reference":
@@ -357,7 +362,14 @@ def _separable(
             pw_weight,
             Epilogue(pw_bias, scale, shift, residual, geometry[12], geometry[13], slope),
             geometry,
+            batch_norm,
         )
+    if batch_norm is not None:
+        tensors = (
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, pw_bias, batch_norm.weight, batch_norm.bias, residual,
+        )  # fmt: skip
+        return _separable_norm(tensors, geometry, [dw_slope, slope], batch_norm, taken)
     tensors = (
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, pw_bias, scale, shift, residual,
@@ -367,6 +379,41 @@ def _separable(
             tensors = _distinct(tensors)
         return _dsconv.DSConv2dFunction.apply(*tensors, geometry, [dw_slope, slope], taken)
     return _dsconv.KERNELS[taken].forward(*tensors, geometry, [dw_slope, slope])
+
+
+def _separable_norm(tensors, geometry, slopes, norm, taken):
+    """A checked call with a batch norm: one kernel where the backend has it, else its convolution and torch's norm."""
+    if is_compiling():
+        tensors = _distinct(tensors)
+    needs_grad = torch.is_grad_enabled() and _needs_grad(tensors)
+    if taken in _dsconv.NORM_KERNELS and len(tensors[0]) > 0:  # an empty batch has no statistics; torch lets it pass
+        if needs_grad:
+            output, mean, var = _dsconv.DSConvNorm2dFunction.apply(*tensors, geometry, slopes, norm.eps, taken)
+        else:
+            output, _, mean, var = _dsconv.NORM_KERNELS[taken].forward(*tensors, geometry, slopes, norm.eps)
+        n, _, p, q = output.shape
+        _update_running_statistics(norm, mean, var, n * p * q)
+        return output
+    post, residual = geometry[PW_POST_ACTIVATION], tensors[11]
+    geometry = [*geometry]
+    geometry[PW_POST_ACTIVATION] = NONE
+    convolution = (*tensors[:9], None, None, None)
+    if needs_grad:
+        output = _dsconv.DSConv2dFunction.apply(*convolution, geometry, slopes, taken)
+    else:
+        output = _dsconv.KERNELS[taken].forward(*convolution, geometry, slopes)
+    kept, activated = output[:, : geometry[KEEP]], output[:, geometry[KEEP] :]
+    y = _normalise(activated, norm, Epilogue(residual=residual, post_activation=post, negative_slope=slopes[1]))
+    return in_format(torch.cat((kept, y), 1) if geometry[KEEP] else y, geometry[CHANNELS_LAST])
+
+
+def _update_running_statistics(norm: BatchNorm, mean: Tensor, var: Tensor, count: int) -> None:
+    """What `F.batch_norm` does to the running statistics: those of the batch, the variance unbiased, come in."""
+    if norm.running_mean is not None:
+        norm.running_mean.lerp_(mean.to(norm.running_mean.dtype), norm.momentum)
+    if norm.running_var is not None:
+        unbiased = var * (count / (count - 1))
+        norm.running_var.lerp_(unbiased.to(norm.running_var.dtype), norm.momentum)
 
 
 def ds_conv2d(
@@ -391,6 +438,7 @@ def ds_conv2d(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     post_activation: str = "none",
+    batch_norm: BatchNorm | None = None,
     passthrough: Tensor | None = None,
     keep: int = 0,
     dw_share: int = 1,
@@ -413,6 +461,8 @@ def ds_conv2d(
         stride, padding, dilation: the depthwise convolution's, as `depthwise_conv2d`.
         dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation: the depthwise's epilogue;
             dw_residual is [N,D,P,Q].
+        batch_norm: training batch norm in the place of scale and shift: statistics of the batch, taken as the kernel
+            goes; the running statistics are updated in place.
         activation, negative_slope, scale, shift, residual, post_activation: the pointwise's epilogue; residual is
             [N,K,P,Q].
         passthrough: [N,Cp,P,Q], goes to the pointwise convolution beside the depthwise's result, or None.
@@ -433,7 +483,7 @@ def ds_conv2d(
     return _separable(
         "ds_conv2d", input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
         dw_share, keep, dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation,
-        activation, negative_slope, scale, shift, residual, post_activation, backend,
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
     )  # fmt: skip
 
 
@@ -458,6 +508,7 @@ def half_identity2d(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     post_activation: str = "none",
+    batch_norm: BatchNorm | None = None,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """VGNet's half-identity block on a pair of halves: (right, pw_chain(cat[left, dw_chain(right)])), as one kernel.
@@ -472,7 +523,8 @@ def half_identity2d(
         padding, dilation: the depthwise convolution's; its stride is 1 and it must keep the size.
         dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_post_activation: the depthwise's epilogue (a batch norm
             follows VGNet's fixed kernels).
-        activation, negative_slope, scale, shift, residual, post_activation: the pointwise's epilogue, as `ds_conv2d`.
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm: the pointwise's epilogue, as
+            `ds_conv2d`.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -489,7 +541,7 @@ def half_identity2d(
     new = _separable(
         op, right, left, dw_weight, dw_bias, pw_weight, pw_bias, 1, padding, dilation, 1, 0,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
-        activation, negative_slope, scale, shift, residual, post_activation, backend,
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
     )  # fmt: skip
     return right, new
 
@@ -516,6 +568,7 @@ def downsampling2d(
     shift: Tensor | None = None,
     residual: Tensor | None = None,
     post_activation: str = "none",
+    batch_norm: BatchNorm | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """VGNet's downsampling block: z = dw_chain(input); y = cat[z[:, -keep:], pw_chain(z)], as one kernel.
@@ -529,7 +582,8 @@ def downsampling2d(
         stride, padding, dilation: the depthwise convolution's.
         keep: number of depthwise channels, the last ones, that go out beside the pointwise's (VGNet: min(out // 2, C)).
         dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_post_activation: the depthwise's epilogue.
-        activation, negative_slope, scale, shift, residual, post_activation: the pointwise's epilogue, as `ds_conv2d`.
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm: the pointwise's epilogue, as
+            `ds_conv2d`.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -544,5 +598,5 @@ def downsampling2d(
         "downsampling2d", input, None, dw_weight_or_bank, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
         1, keep,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
-        activation, negative_slope, scale, shift, residual, post_activation, backend,
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
     )  # fmt: skip

@@ -238,6 +238,23 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
         lambda: EF.half_identity2d(x(), x(8, 9, 10), x(8, 1, 3, 3), x(6, 16, 1, 1)), ValueError,
         "half_identity2d: right must have 4 dimensions [N,C,H,W]; got 3: [8,9,10]",
     ),
+    "batch_norm-kind": (
+        lambda: ds(batch_norm=1e-5), TypeError,
+        "ds_conv2d: batch_norm must be an effops.functional.BatchNorm or None; got 1e-05 (float)",
+    ),
+    "batch_norm-and_scale": (
+        lambda: ds(batch_norm=EF.BatchNorm(), shift=x(6)), ValueError,
+        "ds_conv2d: batch_norm stands in the place of scale and shift; give one or the other",
+    ),
+    "batch_norm-weight": (
+        lambda: ds(batch_norm=EF.BatchNorm(weight=x(4))), ValueError,
+        "ds_conv2d: batch_norm.weight must be [6], one value an output channel; got [4]",
+    ),
+    "batch_norm-running_var": (
+        lambda: ds(batch_norm=EF.BatchNorm(running_var=x(6, dtype=torch.float64))), TypeError,
+        "ds_conv2d: batch_norm.running_var has dtype torch.float64; accepted: the input's torch.float32, or "
+        "torch.float32",
+    ),
     "keep-float": (lambda: ds(keep=1.0), TypeError, "ds_conv2d: keep must be an int; got 1.0 (float)"),
     "keep-negative": (lambda: ds(keep=-1), ValueError, "ds_conv2d: keep must be at least 0; got -1"),
     "keep-too_many": (

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import effops.functional as EF
+from effops import modules, stock
 
 CHANNELS, SIZE, BATCH, BLOCKS = 28, 28, 2, 4
 
@@ -72,6 +73,20 @@ def test_half_identity_chain_saves_40_percent_less(
     assert fused_bytes <= 0.6 * stock_bytes, f"{fused_bytes} bytes saved against {stock_bytes}"
 
 
+@pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)
+def test_half_identity_blocks_with_their_norms_save_40_percent_less(
+    memory_format: torch.memory_format, cpp: str
+) -> None:
+    """As above with ReLU and training batch norm, as VGNet has them."""
+    halves = [torch.randn(BATCH, CHANNELS, SIZE, SIZE).contiguous(memory_format=memory_format) for _ in range(2)]
+    saved = {}
+    for layers, options in ((stock, {}), (modules, {"backend": cpp})):
+        blocks = torch.nn.Sequential(*[layers.HalfIdentityBlock(2 * CHANNELS, **options) for _ in range(BLOCKS)])
+        state = tuple(half.requires_grad_() for half in halves)
+        saved[layers] = _bytes_saved(lambda blocks=blocks, state=state: blocks(state)[1])
+    assert saved[modules] <= 0.6 * saved[stock], f"{saved[modules]} bytes saved against {saved[stock]}"
+
+
 @pytest.mark.parametrize("activation", ("none", "relu", "silu"))
 def test_saved_bytes_are_the_inputs(activation: str, cpp: str) -> None:
     """Saved: the inputs, the weights and, where act' comes from it, the output. Never the depthwise result."""
@@ -93,6 +108,7 @@ _PEAK = """
 import sys, torch
 import torch.nn.functional as F
 import effops.functional as EF
+from effops import modules, stock
 
 form, direction = sys.argv[1:3]
 torch.set_num_threads(2)

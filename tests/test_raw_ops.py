@@ -353,6 +353,53 @@ def test_largest_strides_are_right() -> None:
     torch.testing.assert_close(out, oracle(tensors, case)[:, :, :1, :1])
 
 
+def _norm_calls() -> tuple[dict, dict]:
+    """Arguments of the two operators with a norm, by name."""
+    case = DsCase(id="norm", c=6, k=5, keep=2, pw=Epi(bias=True, scale=True, shift=True, activation="relu"))
+    tensors = make_tensors(case, torch.float32)
+    forward = {"norm_weight": tensors.pop("scale"), "norm_bias": tensors.pop("shift"), **tensors}
+    forward |= {"geometry": geometry_of(case, tensors["input"]), "slopes": [0.1, 0.1], "eps": 1e-5}
+    output, activated, mean, var = ops.dsconv_norm_fwd(**forward)
+    backward = {
+        "grad_output": output,
+        "activated": activated,
+        "mean": mean,
+        "var": var,
+        **forward,
+        "mask": 0b11010000101,
+    }
+    return forward, backward
+
+
+NORM_CHANGES = {
+    **{("norm_weight", change): VECTOR_CHANGES[change] for change in ("longer", "shorter", "2d", "int")},
+    **{("norm_bias", change): VECTOR_CHANGES[change] for change in ("longer", "shorter", "2d", "int")},
+    **{("mean", change): VECTOR_CHANGES[change] for change in ("longer", "shorter", "2d", "float64", "int")},
+    **{("var", change): VECTOR_CHANGES[change] for change in ("longer", "shorter", "2d", "float64", "int")},
+    **{("activated", change): IMAGE_CHANGES[change] for change in IMAGE_CHANGES},
+    **{("grad_output", change): IMAGE_CHANGES[change] for change in IMAGE_CHANGES},
+    ("eps", "negative"): lambda eps: -eps,
+    ("eps", "nan"): lambda eps: float("nan"),
+    ("input", "empty batch"): lambda x: x[:0],
+    ("slopes", "three"): lambda slopes: [*slopes, 0.1],
+    ("mask", "absent residual"): lambda mask: mask | 1 << 11,
+    ("mask", "13th tensor"): lambda mask: mask | 1 << 12,
+}
+
+
+@pytest.mark.parametrize("change", NORM_CHANGES, ids=" ".join)
+def test_bad_norm_arguments_raise(change: tuple[str, str]) -> None:
+    name, kind = change
+    taken = False
+    for operator, arguments in zip((ops.dsconv_norm_fwd, ops.dsconv_norm_bwd), _norm_calls(), strict=True):
+        operator(**arguments)
+        if name in arguments:
+            taken = True
+            with pytest.raises(RuntimeError):
+                operator(**{**arguments, name: NORM_CHANGES[change](arguments[name])})
+    assert taken
+
+
 @pytest.mark.parametrize("slopes", ([], [0.1], [0.1, 0.2, 0.3]), ids=len)
 def test_bad_slopes_raise(slopes: list[float]) -> None:
     tensors = make_tensors(DS, torch.float32)
@@ -480,6 +527,7 @@ def test_random_garbage_never_crashes() -> None:
         odd = values[torch.randint(0, len(values), (16,), generator=gen)].tolist()
         geometry = [o if torch.rand((), generator=gen) < 0.06 else s for s, o in zip(sound, odd, strict=True)]
         none = [None] * 4
+        statistic = torch.rand(sizes((3,)))
         dw, ds = geometry[:13], geometry
         for call in (
             partial(ops.dwconv_fwd, x, weight, *none, dw, 0.1),
@@ -487,6 +535,24 @@ def test_random_garbage_never_crashes() -> None:
             partial(ops.dwconv_stats, x, weight, None, dw),
             partial(ops.dsconv_fwd, x, None, weight, *none, pw_weight, *none, ds, [0.1, 0.1]),
             partial(ops.dsconv_bwd, x, None, x, None, weight, *none, pw_weight, *none, ds, [0.1, 0.1], 133),
+            partial(ops.dsconv_norm_fwd, x, None, weight, *none, pw_weight, *none, ds, [0.1, 0.1], 1e-5),
+            partial(
+                ops.dsconv_norm_bwd,
+                x,
+                x,
+                statistic,
+                statistic,
+                x,
+                None,
+                weight,
+                *none,
+                pw_weight,
+                *none,
+                ds,
+                [0.1, 0.1],
+                1e-5,
+                133,
+            ),
         ):
             try:
                 call()

@@ -42,7 +42,7 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, memory_format: Any = t
 def test_functional_schemas() -> None:
     names = [schema.partition("(")[0] for schema in _library.schemas()]
     convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_bwd"]
-    assert names == [*convolutions, "batch_norm_affine"]
+    assert names == [*convolutions, "dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine"]
     for name in names:
         schema = getattr(torch.ops.effops, name).default._schema
         assert not schema.is_mutable
@@ -83,6 +83,15 @@ def operator_calls(memory_format: torch.memory_format, dtype: torch.dtype) -> It
     yield ops.dsconv_fwd.default, ds
     yield ops.dsconv_bwd.default, (rand(2, 7, 7, 6, dtype=dtype), None, *ds, 0b111111111111)
     yield ops.dsconv_bwd.default, (rand(2, 7, 7, 6, dtype=dtype), None, *ds, 0b000010000101)
+    yield ops.dsconv_norm_fwd.default, (*ds, 1e-5)
+    head = (
+        rand(2, 7, 7, 6, dtype=dtype),
+        rand(2, 5, 7, 6, dtype=dtype),
+        rand(5, dtype=wide),
+        rand(5, dtype=wide).abs(),
+    )
+    yield ops.dsconv_norm_bwd.default, (*head, *ds, 1e-5, 0b111111111111)
+    yield ops.dsconv_norm_bwd.default, (*head, *ds, 1e-5, 0b011010000101)
 
 
 def test_opcheck(memory_format: torch.memory_format, cpp: str) -> None:
@@ -188,11 +197,21 @@ def stats_chain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, backend: str)
     return EF.depthwise_conv2d(x, w, b, 1, 1, scale=scale, shift=shift, post_activation="gelu", backend=backend)
 
 
+def norm_chain(x: torch.Tensor, w: torch.Tensor, b: torch.Tensor, backend: str) -> torch.Tensor:
+    left, right = x.chunk(2, 1)
+    pw = w.new_ones(4, 8, 1, 1) * b.view(1, -1, 1, 1)
+    running = [x.new_zeros(4), x.new_ones(4)]
+    norm = EF.BatchNorm(b[:4], b[4:], *running)
+    left, right = EF.half_identity2d(left, right, w[:4], pw, activation="silu", batch_norm=norm, backend=backend)
+    return torch.cat((left, right * running[0].view(-1, 1, 1) + running[1].view(-1, 1, 1)), 1)
+
+
 CHAINS: dict[str, Callable[..., torch.Tensor]] = {
     "dwconv": dw_chain,
     "dsconv": ds_chain,
     "vgnet": vgnet_chain,
     "stats": stats_chain,
+    "norm": norm_chain,
 }
 
 
@@ -439,7 +458,8 @@ def test_flops_are_two_a_multiply_accumulate(backend: str) -> None:
 
 
 def test_functions_are_documented_public_api() -> None:
-    assert effops.autograd.__all__ == ["DSConv2dFunction", "DepthwiseConv2dFunction", "DepthwiseStatsFunction"]
+    functions = ["DSConv2dFunction", "DSConvNorm2dFunction", "DepthwiseConv2dFunction", "DepthwiseStatsFunction"]
+    assert functions == effops.autograd.__all__
     for name in effops.autograd.__all__:
         function = getattr(effops.autograd, name)
         assert issubclass(function, torch.autograd.Function)

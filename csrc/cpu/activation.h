@@ -135,7 +135,13 @@ __attribute__((noinline)) void activate_grad(Activation activation, C slope, vec
   }
 }
 
-// The same derivative from y = activate(u); only for the activations whose output tells it (the callers know which).
+// Whether y = activate(u) tells the derivative.
+inline bool output_gives_gradient(Activation activation, double slope) {
+  return activation == Activation::relu || activation == Activation::relu6 || activation == Activation::sigmoid ||
+         (activation == Activation::leaky_relu && slope > 0);
+}
+
+// The same derivative from y, for those activations.
 template <class C>
 EFFOPS_INLINE vec<C> activate_grad_from_output(Activation activation, C slope, vec<C> y) {
   const vec<C> zero{}, one = splat(C(1));

@@ -102,6 +102,15 @@ struct DwconvStatsBackwardArgs {
   DType grad_bias_dtype = DType::f32;
 };
 
+// Batch norm on the batch's own statistics, where the epilogue has scale and shift otherwise: between the pointwise's
+// activation and its residual. The kernels write activated, mean and var forward and read them backward.
+struct BatchNormRef {
+  TensorRef activated;                   // act(conv + bias), [N, K, P, Q]; data == nullptr: no norm
+  void *mean = nullptr, *var = nullptr;  // of `activated`, population variance; compute type, [K]
+  ChannelRef weight, bias;               // absent: ones, zeros
+  double eps = 0;
+};
+
 struct DsconvForwardArgs {
   DepthwiseGeometry g;
   index_t passthrough_channels, K, keep;
@@ -111,6 +120,7 @@ struct DsconvForwardArgs {
   const void* pw_weight;
   index_t pw_stride_k, pw_stride_c;
   EpilogueRef pw_epilogue;
+  BatchNormRef norm;  // its parameters' gradients are pw_grads.scale and pw_grads.shift
 };
 
 struct DsconvBackwardArgs {

@@ -1,10 +1,9 @@
 // The gradients of a depthwise convolution, by rows, for every room that has one; and how backward work is cut up.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-// A task owns a band of input rows of one image. It walks the output rows that touch the band in order, tile by tile;
-// each tile's gradient at the depthwise sums is scattered into a ring of input-gradient rows, and a row leaves the ring
-// when no later output row can touch it. Output rows at a band's edge are computed by both neighbours; weight gradients
-// count a row only in the band that owns it. No atomics: each slot of tasks has its own partial weight gradients, added
+// A task owns a band of input rows of one image. It walks the output rows that touch the band in order, tile by tile; an
+// input-gradient row is finished when no later output row can touch it. Output rows at a band's edge are computed by
+// both neighbours; weight gradients count a row only in the band that owns it. No atomics: each slot of tasks has its own partial weight gradients, added
 // in the order of the slots.
 
 struct Band {
@@ -62,6 +61,98 @@ struct BandPlan {
 
 // ---- gradient of the input ----
 
+// At stride 1 and without a multiplier: row h of the gradient is the depthwise convolution, with the kernel turned
+// round, of the rows of gradients at the sums that h touched. They stay where they are until then.
+template <class T>
+class GradInputRows {
+  using C = compute<T>;
+
+ public:
+  static bool fits(const DepthwiseGeometry& g) { return g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1; }
+
+  // tile_rows: the most rows that `add` is given at a time.
+  GradInputRows(Arena& arena, const DepthwiseGeometry& g, const TensorRef& destination, const C* weights,
+                index_t tile_rows)
+      : back_(turned(g)),
+        destination_(destination),
+        none_(arena, EpilogueRef{}, g.C),
+        ld_(round_up(g.C, kLanes<C>)),
+        source_{nullptr, (g.R - 1) * g.dilation_h + tile_rows, 0},
+        kept_pad_(g.pad_top) {
+    if (destination.data == nullptr) return;
+    const index_t taps = g.R * g.S;
+    C* flipped = static_cast<C*>(arena.allocate(taps * ld_ * sizeof(C)));
+    for (index_t t = 0; t < taps; ++t)
+      __builtin_memcpy(flipped + t * ld_, weights + (taps - 1 - t) * ld_, ld_ * sizeof(C));
+    weights_ = flipped;
+    source_.rows = static_cast<const C**>(arena.allocate(source_.capacity * sizeof(C*)));
+    if (destination.c != 1) line_ = static_cast<C*>(arena.allocate(g.W * ld_ * sizeof(C)));
+  }
+
+  // How many rows before a tile's own must still be there when the tile is added.
+  static index_t history(const DepthwiseGeometry& g) { return (g.R - 1) * g.dilation_h; }
+
+  void begin(const Band& band) {
+    band_ = band;
+    next_ = band.h_begin;
+  }
+
+  // grad: [rows * Q][grad_ld], the gradients at the sums of output rows [p_begin, p_end). Rows come in order.
+  void add(index_t p_begin, index_t p_end, const C* grad, index_t grad_ld) {
+    source_.ld = grad_ld;
+    for (index_t p = p_begin; p < p_end; ++p) {
+      source_.rows[p % source_.capacity] = grad + (p - p_begin) * back_.W * grad_ld;
+    }
+    finish_until(p_end - kept_pad_);
+  }
+
+  void end() { finish_until(band_.h_end); }
+
+ private:
+  struct Rows {
+    const C** rows;
+    index_t capacity, ld;
+    const C* row(index_t, index_t p) const { return rows[p % capacity]; }
+    index_t pixel_stride() const { return ld; }
+    index_t next_row() const { return 0; }
+  };
+
+  static DepthwiseGeometry turned(const DepthwiseGeometry& g) {
+    DepthwiseGeometry back = g;
+    back.H = g.P, back.W = g.Q, back.P = g.H, back.Q = g.W;
+    back.pad_top = (g.R - 1) * g.dilation_h - g.pad_top;
+    back.pad_left = (g.S - 1) * g.dilation_w - g.pad_left;
+    return back;
+  }
+
+  void finish_until(index_t h) {
+    for (const index_t stop = imin(h, band_.h_end); next_ < stop; ++next_) {
+      T* row = static_cast<T*>(destination_.data) + band_.n * destination_.n + next_ * destination_.h;
+      if (line_ == nullptr) {
+        const DepthwiseRow<C, T, true> kernel(back_, weights_, none_, false);
+        kernel.run(source_, band_.n, next_, 0, back_.Q, row, destination_.w, nullptr, 0);
+      } else {
+        const DepthwiseRow<C, C, false> kernel(back_, weights_, none_, false);
+        kernel.run(source_, band_.n, next_, 0, back_.Q, line_, ld_, nullptr, 0);
+        scatter_segment(line_, ld_, back_.Q, back_.C, 1, row, destination_.w, destination_.c);
+      }
+    }
+  }
+
+  DepthwiseGeometry back_;
+  TensorRef destination_;
+  Epilogue<C> none_;
+  index_t ld_;
+  Rows source_;
+  index_t kept_pad_;
+  const C* weights_ = nullptr;
+  C* line_ = nullptr;
+  Band band_{};
+  index_t next_ = 0;
+};
+
+// Any stride and multiplier: each output row is scattered into a ring of input-gradient rows, and a row leaves the ring
+// when no later output row can touch it.
 template <class T>
 class GradInputRing {
   using C = compute<T>;
@@ -93,13 +184,7 @@ class GradInputRing {
       if (h < band_.h_begin || h >= band_.h_end) continue;
       open_until(h + 1);
       for (index_t c = 0; c < ld_; c += kLanes<C>) {
-        if (g_.stride_w == 1 && g_.dilation_w == 1 && g_.S == 3) {
-          add_sliding<3>(slot(h) + c, weights_ + r * g_.S * ld_ + c, grad + c, grad_ld);
-        } else if (g_.stride_w == 1 && g_.dilation_w == 1 && g_.S == 5) {
-          add_sliding<5>(slot(h) + c, weights_ + r * g_.S * ld_ + c, grad + c, grad_ld);
-        } else {
-          add_any(slot(h) + c, weights_ + r * g_.S * ld_ + c, grad + c, grad_ld, 0, g_.W);
-        }
+        add_row(slot(h) + c, weights_ + r * g_.S * ld_ + c, grad + c, grad_ld);
       }
     }
   }
@@ -121,48 +206,18 @@ class GradInputRing {
     }
   }
 
-  // Input pixels [begin, end) of one kernel row and one register of channels.
-  void add_any(C* row, const C* w, const C* grad, index_t grad_ld, index_t begin, index_t end) const {
+  // One kernel row and one register of channels.
+  void add_row(C* row, const C* w, const C* grad, index_t grad_ld) const {
     for (index_t t = 0; t < g_.S; ++t) {
       const vec<C> tap = load(w + t * ld_);
       const index_t shift = t * g_.dilation_w - g_.pad_left;
-      const index_t first = ceil_div(imax(0, begin - shift), g_.stride_w);
+      const index_t first = ceil_div(imax(0, -shift), g_.stride_w);
       for (index_t q = first; q < g_.Q; ++q) {
         const index_t x = q * g_.stride_w + shift;
-        if (x >= end) break;
+        if (x >= g_.W) break;
         store(row + x * ld_, load(row + x * ld_) + load(grad + q * grad_ld) * tap);
       }
     }
-  }
-
-  template <int S>
-  __attribute__((noinline)) void add_sliding(C* row, const C* w, const C* grad, index_t grad_ld) const {
-    constexpr int kPixels = 4;
-    vec<C> tap[S];
-#pragma GCC unroll 8
-    for (int t = 0; t < S; ++t) tap[t] = load(w + t * ld_);
-    // input pixel x receives grad[x + pad - t] * tap[t]
-    const index_t first = imin(g_.W, imax(0, S - 1 - g_.pad_left)), last = imax(first, imin(g_.W, g_.Q - g_.pad_left));
-    index_t x = first;
-    for (; x + kPixels <= last; x += kPixels) {
-      vec<C> acc[kPixels];
-#pragma GCC unroll 8
-      for (int j = 0; j < kPixels; ++j) acc[j] = load(row + (x + j) * ld_);
-      const C* at = grad + (x + g_.pad_left - (S - 1)) * grad_ld;
-#pragma GCC unroll 16
-      for (int k = 0; k < kPixels + S - 1; ++k) {
-        const vec<C> value = load(at + k * grad_ld);
-#pragma GCC unroll 8
-        for (int t = 0; t < S; ++t) {
-          const int j = k - (S - 1) + t;
-          if (j >= 0 && j < kPixels) acc[j] = acc[j] + value * tap[t];
-        }
-      }
-#pragma GCC unroll 8
-      for (int j = 0; j < kPixels; ++j) store(row + (x + j) * ld_, acc[j]);
-    }
-    if (first > 0) add_any(row, w, grad, grad_ld, 0, first);
-    if (x < g_.W) add_any(row, w, grad, grad_ld, x, g_.W);
   }
 
   const DepthwiseGeometry& g_;
@@ -176,91 +231,148 @@ class GradInputRing {
 
 // ---- gradient of the kernels ----
 
-// sums[tap][channel] += input * grad over one output row.
+// sums[tap][channel] += input * grad over output rows. The taps of a window stay in registers over several rows, and go
+// to doubles before a float chain gets long.
 template <class T>
 class GradDepthwiseWeight {
   using C = compute<T>;
+  // Two sets of accumulators halve the chains and their latency, where there are registers for them.
+  static constexpr bool kWide = EFFOPS_VECTOR_BYTES == 64;
+  static constexpr int kSets = kWide ? 2 : 1, kPixels = kWide ? 7 : 4;
+  static constexpr index_t kChain = 32;
+  static constexpr int kMaxRows = kSets * kChain;
 
  public:
   GradDepthwiseWeight(const DepthwiseGeometry& g, double* sums)
       : g_(g), sums_(sums), ld_(round_up(g.out_channels(), kLanes<C>)) {}
   bool wanted() const { return sums_ != nullptr; }
 
-  void add(RowSource<T>& source, index_t n, index_t p, const C* grad, index_t grad_ld) const {
-    const TapRange taps = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
-    const index_t channels = g_.out_channels(), pixel_stride = source.pixel_stride();
-    for (index_t r = taps.begin; r < taps.end; ++r) {
-      const T* row = source.row(n, p * g_.stride_h - g_.pad_top + r * g_.dilation_h);
-      double* sums = sums_ + r * g_.S * ld_;
-      for (index_t c = 0; c < channels; c += kLanes<C>) {
-        if (c + kLanes<C> <= channels) {
-          one_register<true>(row + c, pixel_stride, grad + c, grad_ld, sums + c, channels - c);
-        } else {
-          one_register<false>(row + c, pixel_stride, grad + c, grad_ld, sums + c, channels - c);
+  // grad: [rows * Q][grad_ld], the gradients at the sums of output rows [p_begin, p_end).
+  void add(RowSource<T>& source, index_t n, index_t p_begin, index_t p_end, const C* grad, index_t grad_ld) const {
+    const index_t group = source.direct() ? imax(1, kSets * kChain / g_.Q) : 1;
+    for (index_t p = p_begin; p < p_end; p += group) {
+      const Rows rows{n, p, imin(p_end, p + group), grad + (p - p_begin) * g_.Q * grad_ld, grad_ld};
+      const bool sliding = g_.S == 3 && g_.dilation_w == 1 && g_.stride_w <= 2;
+      if (sliding && g_.R == 3) {
+        g_.stride_w == 1 ? window<3, 1>(source, rows, 0) : window<3, 2>(source, rows, 0);
+      } else if (sliding) {
+        for (index_t r = 0; r < g_.R; ++r) {
+          g_.stride_w == 1 ? window<1, 1>(source, rows, r) : window<1, 2>(source, rows, r);
         }
+      } else {
+        any(source, rows);
       }
     }
   }
 
  private:
-  template <bool Full>
-  EFFOPS_INLINE void one_register(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, double* sums,
-                                  index_t lanes) const {
-    if (g_.S == 3 && g_.dilation_w == 1 && g_.stride_w == 1) {
-      taps_together<Full, 3, 1>(x, pixel_stride, grad, grad_ld, sums, lanes);
-    } else if (g_.S == 3 && g_.dilation_w == 1 && g_.stride_w == 2) {
-      taps_together<Full, 3, 2>(x, pixel_stride, grad, grad_ld, sums, lanes);
-    } else {
-      for (index_t t = 0; t < g_.S; ++t) one_tap<Full>(x, pixel_stride, grad, grad_ld, sums, lanes, t, 0, g_.Q);
+  struct Rows {
+    index_t n, p_begin, p_end;
+    const C* grad;
+    index_t grad_ld;
+  };
+
+  index_t input_row(index_t p, index_t r) const { return p * g_.stride_h - g_.pad_top + r * g_.dilation_h; }
+
+  // Any window: a row of pixels for each tap.
+  void any(RowSource<T>& source, const Rows& rows) const {
+    for (index_t p = rows.p_begin; p < rows.p_end; ++p) {
+      const TapRange valid = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
+      const C* grad = rows.grad + (p - rows.p_begin) * g_.Q * rows.grad_ld;
+      for (index_t r = valid.begin; r < valid.end; ++r) {
+        const T* x = source.row(rows.n, input_row(p, r));
+        for (index_t t = 0; t < g_.S; ++t) {
+          for_each_register<C>(g_.out_channels(), [&](index_t c, auto whole) {
+            one_tap<decltype(whole)::value>(x + c, source.pixel_stride(), grad + c, rows.grad_ld,
+                                            sums_ + (r * g_.S + t) * ld_ + c, g_.out_channels() - c, t);
+          });
+        }
+      }
     }
   }
 
   template <bool Full>
-  void one_tap(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, double* sums, index_t lanes, index_t t,
-               index_t begin, index_t end) const {
+  void one_tap(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld, double* sums, index_t lanes,
+               index_t t) const {
     const index_t shift = t * g_.dilation_w - g_.pad_left;
     vec<C> acc{};
-    for (index_t q = imax(begin, shift < 0 ? ceil_div(-shift, g_.stride_w) : 0); q < end; ++q) {
+    for (index_t q = shift < 0 ? ceil_div(-shift, g_.stride_w) : 0; q < g_.Q; ++q) {
       const index_t column = q * g_.stride_w + shift;
       if (column >= g_.W) break;
       acc = acc + load_lanes<Full>(x + column * pixel_stride, lanes) * load(grad + q * grad_ld);
     }
-    add_to_doubles<C>(sums + t * ld_, acc, kLanes<C>);
+    add_to_doubles<C>(sums, acc, kLanes<C>);
   }
 
-  template <bool Full, int S, int Stride>
-  __attribute__((noinline)) void taps_together(const T* x, index_t pixel_stride, const C* grad, index_t grad_ld,
-                                               double* sums, index_t lanes) const {
-    constexpr int kPixels = 4;
-    const index_t first = imin(g_.Q, ceil_div(g_.pad_left, Stride));
-    const index_t room = g_.W - S + g_.pad_left;
-    const index_t last = imax(first, imin(g_.Q, room >= 0 ? room / Stride + 1 : 0));
-    vec<C> acc[2][S];  // two sets: the chain of dependent additions would be the limit otherwise
+  // R x 3 taps from kernel row r0 on.
+  template <int R, int Stride>
+  __attribute__((noinline)) void window(RowSource<T>& source, const Rows& rows, index_t r0) const {
+    const T* x[kMaxRows][R];  // kernel row by kernel row; null outside the map
+    for (index_t p = rows.p_begin; p < rows.p_end; ++p) {
+      for (int r = 0; r < R; ++r) {
+        const index_t h = input_row(p, r0 + r);
+        x[p - rows.p_begin][r] = h >= 0 && h < g_.H ? source.row(rows.n, h) : nullptr;
+      }
+    }
+    const index_t pixel_stride = source.pixel_stride(), channels = g_.out_channels(), count = rows.p_end - rows.p_begin;
+    for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(whole)::value;
+      vec<C> acc[kSets][R][3] = {};
+      for (index_t i = 0; i < count; ++i) {
+        const C* grad = rows.grad + i * g_.Q * rows.grad_ld + c;
+        index_t q = 0;
+        for (; q + kPixels <= g_.Q; q += kPixels) {
+          const index_t first = q * Stride - g_.pad_left;
+          if (first >= 0 && first + (kPixels - 1) * Stride + 3 <= g_.W) {
+            block<kFull, R, Stride, kPixels, false>(acc, x[i], c, first, pixel_stride, grad + q * rows.grad_ld,
+                                                    rows.grad_ld);
+          } else {
+            block<kFull, R, Stride, kPixels, true>(acc, x[i], c, first, pixel_stride, grad + q * rows.grad_ld,
+                                                   rows.grad_ld);
+          }
+        }
+        for (; q < g_.Q; ++q) {
+          block<kFull, R, Stride, 1, true>(acc, x[i], c, q * Stride - g_.pad_left, pixel_stride,
+                                           grad + q * rows.grad_ld, rows.grad_ld);
+        }
+      }
+#pragma GCC unroll 3
+      for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 3
+        for (int t = 0; t < 3; ++t) {
+          const vec<C> sum = kSets == 2 ? acc[0][r][t] + acc[kSets - 1][r][t] : acc[0][r][t];
+          add_to_doubles<C>(sums_ + ((r0 + r) * 3 + t) * ld_ + c, sum, kLanes<C>);
+        }
+      }
+    });
+  }
+
+  // Output pixels whose first input pixel is `first`; outside the map (Border) a zero is read.
+  template <bool Full, int R, int Stride, int Pixels, bool Border>
+  EFFOPS_INLINE void block(vec<C> (&acc)[kSets][R][3], const T* const (&rows)[R], index_t c, index_t first,
+                           index_t pixel_stride, const C* grad, index_t grad_ld) const {
+    const T* const zero = reinterpret_cast<const T*>(kZeros);
+    const index_t width = g_.W, lanes = g_.out_channels() - c;
+    vec<C> g[Pixels];
 #pragma GCC unroll 8
-    for (int t = 0; t < S; ++t) acc[0][t] = acc[1][t] = vec<C>{};
-    index_t q = first;
-    for (; q + kPixels <= last; q += kPixels) {
-      vec<C> g[kPixels];
-#pragma GCC unroll 8
-      for (int j = 0; j < kPixels; ++j) g[j] = load(grad + (q + j) * grad_ld);
-      const T* at = x + (q * Stride - g_.pad_left) * pixel_stride;
+    for (int j = 0; j < Pixels; ++j) g[j] = load(grad + j * grad_ld);
+#pragma GCC unroll 3
+    for (int r = 0; r < R; ++r) {
+      if (rows[r] == nullptr) continue;
+      const T* x = rows[r] + first * pixel_stride + c;
 #pragma GCC unroll 16
-      for (int k = 0; k < (kPixels - 1) * Stride + S; ++k) {
-        const vec<C> value = load_lanes<Full>(at + k * pixel_stride, lanes);
-#pragma GCC unroll 8
-        for (int t = 0; t < S; ++t) {
-          if (k - t >= 0 && (k - t) % Stride == 0 && (k - t) / Stride < kPixels) {
+      for (int k = 0; k < (Pixels - 1) * Stride + 3; ++k) {
+        const T* at = x + k * pixel_stride;
+        if (Border) at = static_cast<std::size_t>(first + k) < static_cast<std::size_t>(width) ? at : zero;
+        const vec<C> value = load_lanes<Full>(at, lanes);
+#pragma GCC unroll 3
+        for (int t = 0; t < 3; ++t) {
+          if (k >= t && (k - t) % Stride == 0 && (k - t) / Stride < Pixels) {
             const int j = (k - t) / Stride;
-            acc[j % 2][t] = acc[j % 2][t] + value * g[j];
+            acc[j % kSets][r][t] = acc[j % kSets][r][t] + value * g[j];
           }
         }
       }
-    }
-#pragma GCC unroll 8
-    for (int t = 0; t < S; ++t) add_to_doubles<C>(sums + t * ld_, acc[0][t] + acc[1][t], kLanes<C>);
-    for (index_t t = 0; t < S; ++t) {
-      if (first > 0) one_tap<Full>(x, pixel_stride, grad, grad_ld, sums, lanes, t, 0, first);
-      if (q < g_.Q) one_tap<Full>(x, pixel_stride, grad, grad_ld, sums, lanes, t, q, g_.Q);
     }
   }
 
@@ -268,22 +380,6 @@ class GradDepthwiseWeight {
   double* sums_;
   index_t ld_;
 };
-
-// A zeroed block of `size` values for each slot.
-template <class C>
-C* partial_sums(Arena& arena, index_t slots, index_t size) {
-  C* sums = static_cast<C*>(arena.allocate(slots * size * sizeof(C)));
-  __builtin_memset(sums, 0, slots * size * sizeof(C));
-  return sums;
-}
-
-// Adds the slots in order into the first one.
-template <class C>
-void reduce_slots(C* sums, index_t slots, index_t size) {
-  for (index_t s = 1; s < slots; ++s) {
-    for (index_t i = 0; i < size; ++i) sums[i] += sums[s * size + i];
-  }
-}
 
 // [tap][channel] -> weight gradient [bank][R * S]: the uses of a shared kernel are summed.
 template <class T>

@@ -65,6 +65,7 @@ class RowSource {
   }
 
   index_t pixel_stride() const { return pixel_stride_; }
+  bool direct() const { return direct_; }  // rows stay where they are
   // How far below a row its successor in the window starts; 0 where rows come through the ring.
   index_t next_row() const { return direct_ ? g_.stride_h * tensor_.h : 0; }
 
@@ -116,8 +117,9 @@ class DepthwiseRow {
 
   // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or
   // null.
-  void run(RowSource<T>& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld,
-           const C* residual, index_t residual_ld) const {
+  template <class Source>  // RowSource<T>, or what has its row, pixel_stride and next_row
+  void run(Source& source, index_t n, index_t p, index_t q0, index_t count, D* dst, index_t dst_ld, const C* residual,
+           index_t residual_ld) const {
     const TapRange r = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
     Segment segment{{},     r.begin,  r.end,      source.pixel_stride(), source.next_row(), q0, count, dst,
                     dst_ld, residual, residual_ld};
@@ -161,14 +163,6 @@ class DepthwiseRow {
     }
   }
 
-  // f(c, whole): every register of channels; `whole` is a compile-time constant.
-  template <class F>
-  EFFOPS_INLINE void for_each_register(const F& f) const {
-    index_t c = 0;
-    for (; c + kLanes<C> <= channels_; c += kLanes<C>) f(c, std::true_type{});
-    if (c < channels_) f(c, std::false_type{});
-  }
-
   // The epilogue as most layers have it: bias, then a clamp. Copied into locals by the kernels, since every store might
   // alias `this`.
   struct Clamp {
@@ -192,7 +186,7 @@ class DepthwiseRow {
   void pixel(const Clamp& out, const Segment& s, index_t i) const {
     const index_t q = s.q0 + i;
     const TapRange taps = valid_taps(q, g_.stride_w, g_.pad_left, g_.dilation_w, g_.S, g_.W);
-    for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+    for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(whole)::value;
       vec<C> acc = out.start(c);
       for (index_t r = s.r_begin; r < s.r_end; ++r) {
@@ -231,11 +225,11 @@ class DepthwiseRow {
       const index_t at = imin(i, s.count - Block);
       const index_t x = (s.q0 + at) * stride - g_.pad_left;  // the first input pixel of the block
       if (x >= 0 && x + (Block - 1) * stride + S <= g_.W) {
-        for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+        for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, false>(out, s, c, at, x);
         });
       } else {
-        for_each_register([&](index_t c, auto whole) __attribute__((always_inline)) {
+        for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, true>(out, s, c, at, x);
         });
       }
@@ -284,7 +278,8 @@ class DepthwiseRow {
 
   // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before
   // fast; no net uses it.
-  void tall(RowSource<T>& source, index_t n, index_t p, const Segment& s) const {
+  template <class Source>
+  void tall(Source& source, index_t n, index_t p, const Segment& s) const {
     for (index_t c = 0; c < channels_; c += kLanes<C>) {
       for (index_t i = 0; i < s.count; ++i) {
         const index_t q = s.q0 + i;

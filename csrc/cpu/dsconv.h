@@ -8,6 +8,9 @@
 // The depthwise result exists only as the tile. Work is cut into ranges of output rows; where the whole map is one tile
 // (14x14 and 7x7 at batch 1), into ranges of output channels. Bytes moved: each input once plus the halo rows of a
 // range, each output once, W once per range and tile (from L2).
+//
+// With a norm the K output channels go to norm.activated, the moments of each tile are taken while it is in cache, and
+// `normalise` (batchnorm.h) makes the output of it.
 
 template <class T>
 struct DsconvForward {
@@ -27,6 +30,8 @@ struct DsconvForward {
   const Panels panels;
   const C* dw_weights;
   Epilogue<C> dw_epilogue, pw_epilogue;
+  const TensorRef result;      // the pointwise's K channels
+  Moments* moments = nullptr;  // with a norm: one a task
   bool direct, simple;
   bool stream;  // the output goes past the caches
 
@@ -41,20 +46,39 @@ struct DsconvForward {
         panels(a.K, kLanes<C>),
         dw_weights(pack_depthwise_weights<T>(shared, g, a.dw_weight)),
         dw_epilogue(shared, a.dw_epilogue, dw_channels),
-        pw_epilogue(shared, a.pw_epilogue, a.K),
-        direct(a.output.c == 1),
+        pw_epilogue(shared, ahead_of_norm(a), a.K),
+        result(pointwise_result(a)),
+        direct(result.c == 1),
         simple(pw_epilogue.simple()),
         stream(can_stream()) {}
 
+  bool has_norm() const { return args.norm.activated.data != nullptr; }
+
+  // What the norm's statistics are taken of: its own place in the epilogue and all after it come later.
+  static EpilogueRef ahead_of_norm(const DsconvForwardArgs& a) {
+    EpilogueRef epilogue = a.pw_epilogue;
+    if (a.norm.activated.data) {
+      epilogue.residual = {};
+      epilogue.post = Activation::none;
+    }
+    return epilogue;
+  }
+
+  static TensorRef pointwise_result(const DsconvForwardArgs& a) {
+    if (a.norm.activated.data) return a.norm.activated;
+    TensorRef result = a.output;
+    result.data = static_cast<T*>(result.data) + a.keep * result.c;
+    return result;
+  }
+
   // An output that no cache will hold until somebody reads it need not be fetched before it is written: a third of its
-  // traffic. The size is that of two thirds of a 32 MB L3. Only whole, aligned lines.
+  // traffic. The size is that of two thirds of a 32 MB L3. Only whole, aligned lines. (A norm reads it at once.)
   bool can_stream() const {
     constexpr index_t kBytes = index_t{20} << 20;
     constexpr index_t line = 64 / sizeof(T);
-    const TensorRef& y = args.output;
-    const bool aligned =
-        (y.n | y.h | y.w | args.K | args.keep) % line == 0 && reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
-    return kCanStream<T> && one_pass() && aligned &&
+    const TensorRef& y = result;
+    const bool aligned = (y.n | y.h | y.w | args.K) % line == 0 && reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
+    return kCanStream<T> && one_pass() && aligned && !has_norm() &&
            pixels * (args.K + args.keep) * static_cast<index_t>(sizeof(T)) >= kBytes;
   }
 
@@ -101,6 +125,7 @@ struct DsconvForward {
     });
     const Tile tile{0, pixels, z, passthrough_in_place(0), nullptr};
     const index_t shares = shares_for(product_cost(), panels.count);
+    if (has_norm()) moments = new_moments(shared, args.K, 1);  // each task has its own channels
     run_tasks(shares, [&](index_t s) {
       const index_t first = panels.count * s / shares, last = panels.count * (s + 1) / shares;
       Arena arena(Arena::kTask);
@@ -111,7 +136,15 @@ struct DsconvForward {
         writer.multiply(tile, i, packed);
       }
       writer.finish(tile);
+      if (has_norm()) {
+        Moments own{0, moments->mean + writer.column, moments->m2 + writer.column};
+        writer.add_moments(tile, own);
+      }
     });
+    if (has_norm()) {
+      moments->count = static_cast<double>(pixels);
+      write_moments<C>(moments, 1, args.K, args.norm.mean, args.norm.var);
+    }
   }
 
   // Everything else: W is packed once by all threads, then ranges of output pixels, of whole rows where there are
@@ -129,6 +162,7 @@ struct DsconvForward {
     const index_t rows = g.N * g.P;
     const index_t shares = slots == 1 ? 1 : slots * imax(1, imin(4, pixels / (slots * kRangePixels)));
     const auto edge = [&](index_t s) { return rows >= shares ? rows * s / shares * g.Q : pixels * s / shares; };
+    if (has_norm()) moments = new_moments(shared, args.K, shares);
     run_tasks(shares, [&](index_t s) {
       Arena arena(Arena::kTask);
       const index_t end = edge(s + 1), step = imin(tile_pixels(ldz * sizeof(Z), g.Q), end - edge(s));
@@ -141,9 +175,11 @@ struct DsconvForward {
         loader.load(tile.begin, tile.end, z);
         for (index_t i = 0; i < panels.count; ++i) writer.multiply(tile, i, panel_weights(i));
         writer.finish(tile);
+        if (has_norm()) writer.add_moments(tile, moments[s]);
       }
       if (stream) fence_stores();
     });
+    if (has_norm()) write_moments<C>(moments, shares, args.K, args.norm.mean, args.norm.var);
   }
 
   // Flat output pixels [begin, end) and their z.
@@ -180,14 +216,18 @@ struct DsconvForward {
     const DsconvForward& op;
     const index_t column, columns, ldy;
     C *y = nullptr, *residual = nullptr;
+    Moments* of_tile = nullptr;
+    TileOfMap<T> written;
 
     Writer(const DsconvForward& o, Arena& arena, index_t tile_pixels, index_t first, index_t last)
         : op(o),
           column(op.panels.first_column(first)),
           columns(imin(op.args.K, op.panels.first_column(last)) - column),
-          ldy(row_distance<C>(op.panels.first_column(last) - column)) {
+          ldy(row_distance<C>(op.panels.first_column(last) - column)),
+          written(arena, op.has_norm() && op.one_pass() ? op.result : TensorRef{}, op.g, column, columns, tile_pixels) {
       if (!op.one_pass()) y = static_cast<C*>(arena.allocate(tile_pixels * ldy * sizeof(C)));
       if (op.pw_epilogue.residual.data) residual = static_cast<C*>(arena.allocate(tile_pixels * ldy * sizeof(C)));
+      if (op.has_norm()) of_tile = new_moments(arena, columns, 1);
     }
 
     void multiply(const Tile& t, index_t panel, const W* weights) const {
@@ -203,9 +243,9 @@ struct DsconvForward {
         return;
       }
       const index_t width = imin(op.args.K - c, op.panels.width(panel) * kLanes<C>);
-      const TensorRef& output = op.args.output;
+      const TensorRef& output = op.result;
       for_each_run(output, t.begin, t.end, op.g.P, op.g.Q, [&](index_t position, index_t count, index_t offset) {
-        T* to = static_cast<T*>(output.data) + position + op.args.keep + c;
+        T* to = static_cast<T*>(output.data) + position + c;
         op.multiply_clamped(panel, weights, count, op.rows_of_a(t, offset), to, output.w, width);
       });
     }
@@ -224,7 +264,14 @@ struct DsconvForward {
         }
         apply_epilogue_rows(part, t.end - t.begin, columns, y, ldy, residual, ldy);
       }
-      scatter_pixels<T>(y, ldy, op.args.output, t.begin, t.end, op.g.P, op.g.Q, op.args.keep + column, columns);
+      scatter_pixels<T>(y, ldy, op.result, t.begin, t.end, op.g.P, op.g.Q, column, columns);
+    }
+
+    // The finished tile's moments, to those of the task's channels.
+    void add_moments(const Tile& t, Moments& moments) const {
+      const PixelRows<const C> rows = y ? PixelRows<const C>{y, ldy} : written.read(t.begin, t.end);
+      tile_moments(rows, t.end - t.begin, columns, *of_tile);
+      combine_moments(moments, *of_tile, columns);
     }
   };
 
@@ -234,9 +281,9 @@ struct DsconvForward {
   const Z* passthrough_in_place(index_t begin) const {
     if constexpr (std::is_same_v<T, Z>) {
       const TensorRef& p = args.passthrough;
-      const bool even = p.c == 1 && p.h == g.Q * p.w && (g.N == 1 || p.n == g.P * p.h);
       const bool pairs = !kDot || args.passthrough_channels % 2 == 0;
-      if (p.data != nullptr && even && pairs) return static_cast<const Z*>(p.data) + begin * p.w;
+      if (p.data != nullptr && evenly_spaced(p, g.N, g.P, g.Q) && pairs)
+        return static_cast<const Z*>(p.data) + begin * p.w;
     }
     return nullptr;
   }
@@ -323,4 +370,7 @@ struct DsconvForward {
 template <class T>
 void dsconv_fwd(const DsconvForwardArgs& args) {
   DsconvForward<T>(args).run();
+  if (args.norm.activated.data) {
+    normalise<T>(args.g, args.norm, args.pw_epilogue, args.output, args.keep, args.K);
+  }
 }

@@ -4,6 +4,9 @@
 //   x rows -> u (dw sums) -> z = [passthrough | epilogue(u)] -> v = z W^T -> epilogue backward(v, grad_output) = gv
 //   grad W += gv^T z      gz = gv W (+ grad_output of the kept channels)      -> grad passthrough
 //   epilogue backward(u, gz) = gu -> grad dw kernels, grad x (see backward.h)
+//
+// With a norm its two sums come first, in a pass of their own over grad_output and activated (batchnorm.h); gv then goes
+// through the norm as well.
 
 template <class T>
 struct DsconvBackward {
@@ -15,9 +18,11 @@ struct DsconvBackward {
   const index_t dw_channels, passthrough, Cz, K;
   const index_t ld_dw, ldz, ldk;
   const C* dw_weights;
+  const bool has_norm;
   const Epilogue<C> dw_epilogue, pw_epilogue;
-  const bool from_output;
-  const bool want_gz;  // anything before the pointwise
+  const TensorRef saved;   // act(conv + bias), where it is there
+  const bool from_output;  // and tells the derivative
+  const bool want_gz;      // anything before the pointwise
   const bool raw_v, raw_u, want_z;
   const BandPlan plan;
   const Panels panels_k, panels_c;
@@ -25,10 +30,15 @@ struct DsconvBackward {
   double* dw_sums = nullptr;
   C* pw_sums = nullptr;
   EpilogueSums dw_epilogue_sums, pw_epilogue_sums;
+  EpilogueGrads pw_grads;  // those of pw_epilogue; a norm's are in args alone
+  NormGradient<C> norm;
 
   static bool any(const EpilogueGrads& grads) {
     return grads.bias || grads.scale || grads.shift || grads.residual.data;
   }
+
+  // The pointwise's residual, in the derivative of what comes after it.
+  bool needs_residual() const { return (has_norm || raw_v) && pw_epilogue.post != Activation::none; }
 
   explicit DsconvBackward(const DsconvBackwardArgs& a)
       : args(a),
@@ -42,11 +52,16 @@ struct DsconvBackward {
         ldz(row_distance<C>(passthrough + ld_dw)),
         ldk(row_distance<C>(K)),
         dw_weights(pack_depthwise_weights<T>(shared, g, fwd.dw_weight)),
+        has_norm(fwd.norm.activated.data != nullptr),
         dw_epilogue(shared, fwd.dw_epilogue, dw_channels),
-        pw_epilogue(shared, fwd.pw_epilogue, K),
-        from_output(fwd.output.data != nullptr),
+        pw_epilogue(shared, has_norm ? epilogue_with_norm<C>(shared, fwd.pw_epilogue, fwd.norm, K) : fwd.pw_epilogue,
+                    K),
+        saved(has_norm ? fwd.norm.activated : fwd.output),
+        from_output(has_norm ? output_gives_gradient(fwd.pw_epilogue.activation, fwd.pw_epilogue.slope)
+                             : saved.data != nullptr),
         want_gz(a.grad_input.data || a.grad_passthrough.data || a.grad_dw_weight || any(a.dw_grads)),
-        raw_v(!from_output && needs_raw(pw_epilogue, a.pw_grads)),
+        raw_v(!from_output &&
+              (has_norm ? pw_epilogue.activation != Activation::none : needs_raw(pw_epilogue, a.pw_grads))),
         raw_u(want_gz && needs_raw(dw_epilogue, a.dw_grads)),
         want_z(raw_v || a.grad_pw_weight),
         plan(g, a.grad_input.data != nullptr,
@@ -59,7 +74,12 @@ struct DsconvBackward {
     if (a.grad_dw_weight) dw_sums = partial_sums<double>(shared, plan.slots, g.R * g.S * ld_dw);
     if (a.grad_pw_weight) pw_sums = partial_sums<C>(shared, plan.slots, K * ldz);
     dw_epilogue_sums = epilogue_sums(shared, a.dw_grads, dw_channels, plan.slots);
-    pw_epilogue_sums = epilogue_sums(shared, a.pw_grads, K, plan.slots);
+    pw_grads = a.pw_grads;
+    if (has_norm) {
+      pw_grads.scale = pw_grads.shift = nullptr;
+      norm = norm_gradient<T>(shared, g, fwd.norm, pw_epilogue, a.grad_output, fwd.keep, K, a.pw_grads);
+    }
+    pw_epilogue_sums = epilogue_sums(shared, pw_grads, K, plan.slots);
   }
 
   C* pack(index_t row_stride, index_t column_stride, index_t k, index_t columns, const Panels& panels) {
@@ -82,7 +102,7 @@ struct DsconvBackward {
       copy_rows(pw_sums, ldz, K, Cz, static_cast<T*>(args.grad_pw_weight), Cz);
     }
     reduce_epilogue_sums(dw_epilogue_sums, plan.slots, dw_channels, args.dw_grads);
-    reduce_epilogue_sums(pw_epilogue_sums, plan.slots, K, args.pw_grads);
+    reduce_epilogue_sums(pw_epilogue_sums, plan.slots, K, pw_grads);
   }
 
   // The tiles of one slot and what happens to one of them, in the order of the picture above.
@@ -91,32 +111,34 @@ struct DsconvBackward {
     const DepthwiseGeometry& g;
     index_t slot;
     Arena arena{Arena::kTask};
-    DepthwiseSlot<T> depthwise;
-    EpilogueSums dw_own, pw_own;
     index_t rows;
-    C *gv, *v, *saved, *pw_residual, *pw_grad_residual;     // [pixels][ldk]
-    C *z, *u, *gz, *kept, *dw_residual, *dw_grad_residual;  // [pixels][ldz]
+    DepthwiseSlot<T> depthwise;  // has the tiles of gz
+    EpilogueSums dw_own, pw_own;
+    TileOfMap<T> grad_output, saved, pw_residual;                     // K channels
+    C *gv, *v, *pw_grad_residual;                                     // [pixels][ldk]
+    C *z, *u, *gz = nullptr, *kept, *dw_residual, *dw_grad_residual;  // [pixels][ldz]
 
     Slot(const DsconvBackward& o, index_t s)
         : op(o),
           g(o.g),
           slot(s),
+          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)),
           depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights,
-                    o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr),
+                    o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr, rows, o.ldz, o.passthrough),
           dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
           pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),
-          rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)) {
+          grad_output(arena, o.args.grad_output, g, o.fwd.keep, o.K, rows * g.Q),
+          saved(arena, o.has_norm || o.from_output ? o.saved : TensorRef{}, g, o.has_norm ? 0 : o.fwd.keep, o.K,
+                rows * g.Q),
+          pw_residual(arena, o.needs_residual() ? o.pw_epilogue.residual : TensorRef{}, g, 0, o.K, rows * g.Q) {
       const auto tile = [&](bool want, index_t ld) {
         return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr;
       };
       gv = tile(true, op.ldk);
       v = tile(op.raw_v, op.ldk);
-      saved = tile(op.from_output, op.ldk);
-      pw_residual = tile(op.raw_v && op.pw_epilogue.residual.data && op.pw_epilogue.post != Activation::none, op.ldk);
       pw_grad_residual = tile(op.args.pw_grads.residual.data, op.ldk);
       z = tile(op.want_z, op.ldz);
       u = tile(op.raw_u, op.ldz);
-      gz = tile(op.want_gz, op.ldz);
       kept = tile(op.want_gz && op.fwd.keep > 0, op.ldz);
       dw_residual = tile(op.dw_epilogue.residual.data && (op.want_z || op.raw_u), op.ldz);
       dw_grad_residual = tile(op.args.dw_grads.residual.data, op.ldz);
@@ -125,7 +147,7 @@ struct DsconvBackward {
     void run() {
       for (index_t i = op.plan.count * slot / op.plan.slots; i < op.plan.count * (slot + 1) / op.plan.slots; ++i) {
         const Band band = op.plan.band(i);
-        depthwise.grad_input.begin(band);
+        depthwise.begin(band);
         op.plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
           const Tile t{band.n, p_begin, p_end, (band.n * g.P + p_begin) * g.Q, (band.n * g.P + p_end) * g.Q, owned};
           recompute(t);
@@ -134,10 +156,10 @@ struct DsconvBackward {
           if (op.want_gz) {
             pointwise_input(t);
             depthwise_sums(t);
-            depthwise.take(g, t.n, p_begin, p_end, owned, needed, gz + op.passthrough, op.ldz);
+            depthwise.take(t.n, p_begin, p_end, owned, needed);
           }
         });
-        if (depthwise.grad_input.wanted()) depthwise.grad_input.end();
+        depthwise.end();
       }
     }
 
@@ -176,9 +198,6 @@ struct DsconvBackward {
 
     // gv: the gradient at the pointwise sums
     void pointwise_sums(const Tile& t) {
-      gather(op.args.grad_output, t, op.fwd.keep, op.K, gv, op.ldk);
-      if (saved) gather(op.fwd.output, t, op.fwd.keep, op.K, saved, op.ldk);
-      if (pw_residual) gather(op.pw_epilogue.residual, t, 0, op.K, pw_residual, op.ldk);
       if (v) {
         for (index_t i = 0; i < op.panels_k.count; ++i) {
           const index_t ld = op.panels_k.width(i) * kLanes<C>, column = op.panels_k.first_column(i);
@@ -186,8 +205,16 @@ struct DsconvBackward {
                      StoreRaw<C>{v + column, op.ldk});
         }
       }
-      const EpilogueBackward<C> backward{op.pw_epilogue, v, saved, pw_residual, pw_grad_residual, op.ldk};
-      backward.run(t.pixels(), op.K, gv, t.owned ? pw_own : EpilogueSums{});
+      const PixelRows<const C> grad = grad_output.read(t.begin, t.end), a = saved.read(t.begin, t.end);
+      const PixelRows<const C> residual = pw_residual.read(t.begin, t.end);
+      const EpilogueSums sums = t.owned ? pw_own : EpilogueSums{};
+      if (op.has_norm) {
+        const NormBackward<C> backward{{op.pw_epilogue, grad, a, residual}, op.norm, v, pw_grad_residual, op.ldk};
+        backward.run(t.pixels(), op.K, gv, sums);
+      } else {
+        const EpilogueBackward<C> backward{op.pw_epilogue, grad, a, v, residual, pw_grad_residual, op.ldk};
+        backward.run(t.pixels(), op.K, gv, sums);
+      }
       if (t.owned && pw_grad_residual) scatter(pw_grad_residual, op.ldk, op.args.pw_grads.residual, t, op.K);
     }
 
@@ -202,10 +229,16 @@ struct DsconvBackward {
 
     // gz: the gradient at [passthrough | depthwise result]
     void pointwise_input(const Tile& t) {
+      gz = depthwise.place(t.p_end - t.p_begin);
+      const TensorRef& passthrough = op.args.grad_passthrough;
+      const bool wanted = t.owned && passthrough.data, direct = wanted && evenly_spaced(passthrough, g.N, g.P, g.Q);
+      T* const first = direct ? static_cast<T*>(passthrough.data) + t.begin * passthrough.w : nullptr;
       for (index_t i = 0; i < op.panels_c.count; ++i) {
         const index_t ld = op.panels_c.width(i) * kLanes<C>, column = op.panels_c.first_column(i);
+        const StoreSplit<C, T> out{first + (direct ? column : 0), passthrough.w, direct ? op.passthrough - column : 0,
+                                   gz + column, op.ldz};
         gemm_panel(op.panels_c.width(i), t.pixels(), {gv, op.ldk, 1, op.K}, op.packed_backward + op.K * column, ld,
-                   StoreRaw<C>{gz + column, op.ldz});
+                   out);
       }
       if (kept) {
         const index_t keep = op.fwd.keep, first = op.Cz - keep;
@@ -214,13 +247,15 @@ struct DsconvBackward {
           for (index_t c = 0; c < keep; ++c) gz[i * op.ldz + first + c] += kept[i * op.ldz + c];
         }
       }
-      if (t.owned && op.args.grad_passthrough.data) scatter(gz, op.ldz, op.args.grad_passthrough, t, op.passthrough);
+      if (wanted && !direct) scatter(gz, op.ldz, passthrough, t, op.passthrough);
     }
 
     // gz's depthwise part -> the gradient at the depthwise sums, in place
     void depthwise_sums(const Tile& t) {
-      const EpilogueBackward<C> backward{op.dw_epilogue, u, nullptr, dw_residual, dw_grad_residual, op.ldz};
-      backward.run(t.pixels(), op.dw_channels, gz + op.passthrough, t.owned ? dw_own : EpilogueSums{});
+      C* grad = gz + op.passthrough;
+      const EpilogueBackward<C> backward{op.dw_epilogue,        {grad, op.ldz},   {},    u,
+                                         {dw_residual, op.ldz}, dw_grad_residual, op.ldz};
+      backward.run(t.pixels(), op.dw_channels, grad, t.owned ? dw_own : EpilogueSums{});
       if (t.owned && dw_grad_residual) scatter(dw_grad_residual, op.ldz, op.args.dw_grads.residual, t, op.dw_channels);
     }
   };

@@ -5,27 +5,70 @@ inline double depthwise_cost(const DepthwiseGeometry& g, index_t ld, index_t lan
   return static_cast<double>(g.N) * g.P * g.Q * ld / lanes * (3 * g.R * g.S + 8);
 }
 
-// What both backward kernels of the room do with a tile once the gradient at the sums is there.
+// What every backward kernel with a depthwise convolution does with a tile once the gradient at the sums is there.
 template <class T>
-struct DepthwiseSlot {
+class DepthwiseSlot {
   using C = compute<T>;
+
+ public:
   RowSource<T> source;
-  GradInputRing<T> grad_input;
-  GradDepthwiseWeight<T> grad_weight;
 
-  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const TensorRef& input, const TensorRef& grad_input_,
-                const C* weights, double* weight_sums)
-      : source(arena, input, g), grad_input(arena, g, grad_input_, weights), grad_weight(g, weight_sums) {}
+  // Tiles have at most `rows` output rows of pixels `ld` apart; the depthwise channels start at `first`.
+  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const TensorRef& input, const TensorRef& grad_input,
+                const C* weights, double* weight_sums, index_t rows, index_t ld, index_t first)
+      : source(arena, input, g),
+        g_(g),
+        wanted_(grad_input.data != nullptr),
+        whole_rows_(GradInputRows<T>::fits(g)),
+        grad_rows_(arena, g, wanted_ && whole_rows_ ? grad_input : TensorRef{}, weights, rows),
+        grad_ring_(arena, g, wanted_ && !whole_rows_ ? grad_input : TensorRef{}, weights),
+        grad_weight_(g, weight_sums),
+        ld_(ld),
+        first_(first) {
+    // Room for the rows that finished tiles must leave for later ones, wherever in it a tile starts.
+    capacity_ = wanted_ && whole_rows_ ? 2 * rows + GradInputRows<T>::history(g) : rows;
+    tiles_ = static_cast<C*>(arena.allocate(capacity_ * g.Q * ld * sizeof(C)));
+  }
 
-  // grad: [rows * Q][ld] for output rows [p_begin, p_end) of image n
-  void take(const DepthwiseGeometry& g, index_t n, index_t p_begin, index_t p_end, bool owned, bool needed,
-            const C* grad, index_t ld) {
-    for (index_t p = p_begin; p < p_end; ++p) {
-      const C* row = grad + (p - p_begin) * g.Q * ld;
-      if (owned && grad_weight.wanted()) grad_weight.add(source, n, p, row, ld);
-      if (needed && grad_input.wanted()) grad_input.add(p, row, ld);
+  // Where the gradient of the next `rows` output rows goes: [rows * Q][ld].
+  C* place(index_t rows) {
+    if (used_ + rows > capacity_) used_ = 0;
+    tile_ = tiles_ + used_ * g_.Q * ld_;
+    used_ += rows;
+    return tile_;
+  }
+
+  void begin(const Band& band) {
+    if (!wanted_) return;
+    whole_rows_ ? grad_rows_.begin(band) : grad_ring_.begin(band);
+  }
+
+  // The tile placed last holds output rows [p_begin, p_end) of image n.
+  void take(index_t n, index_t p_begin, index_t p_end, bool owned, bool needed) {
+    const C* grad = tile_ + first_;
+    if (owned && grad_weight_.wanted()) grad_weight_.add(source, n, p_begin, p_end, grad, ld_);
+    if (!needed || !wanted_) return;
+    if (whole_rows_) {
+      grad_rows_.add(p_begin, p_end, grad, ld_);
+    } else {
+      for (index_t p = p_begin; p < p_end; ++p) grad_ring_.add(p, grad + (p - p_begin) * g_.Q * ld_, ld_);
     }
   }
+
+  void end() {
+    if (!wanted_) return;
+    whole_rows_ ? grad_rows_.end() : grad_ring_.end();
+  }
+
+ private:
+  const DepthwiseGeometry& g_;
+  bool wanted_, whole_rows_;
+  GradInputRows<T> grad_rows_;
+  GradInputRing<T> grad_ring_;
+  GradDepthwiseWeight<T> grad_weight_;
+  index_t ld_, first_;
+  C *tiles_ = nullptr, *tile_ = nullptr;
+  index_t capacity_ = 0, used_ = 0;
 };
 
 // Raw sums (no bias) of output rows [p_begin, p_end) -> [rows * Q][ld].
@@ -62,32 +105,33 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
 
   run_tasks(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
-    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
-                          weight_sums ? weight_sums + slot * taps * ld : nullptr);
-    const EpilogueSums own_sums = slot_of(sums, slot, channels), no_sums;
     const index_t rows = imax(1, tile_pixels(2 * ld * sizeof(C), g.Q) / g.Q);
+    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
+                          weight_sums ? weight_sums + slot * taps * ld : nullptr, rows, ld, 0);
+    const EpilogueSums own_sums = slot_of(sums, slot, channels), no_sums;
     const auto tile = [&](bool want) {
       return want ? static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C))) : nullptr;
     };
-    C *grad = tile(true), *u = tile(raw), *saved = tile(from_output),
-      *residual = tile(epilogue.residual.data && epilogue.post != Activation::none),
-      *grad_residual = tile(args.grads.residual.data);
+    const TileOfMap<T> grad_output(arena, args.grad_output, g, 0, channels, rows * g.Q);
+    const TileOfMap<T> saved(arena, args.output, g, 0, channels, rows * g.Q);
+    const TileOfMap<T> residual(arena, epilogue.post != Activation::none ? epilogue.residual : TensorRef{}, g, 0,
+                                channels, rows * g.Q);
+    C *u = tile(raw), *grad_residual = tile(args.grads.residual.data);
     for (index_t i = plan.count * slot / plan.slots; i < plan.count * (slot + 1) / plan.slots; ++i) {
       const Band band = plan.band(i);
-      work.grad_input.begin(band);
+      work.begin(band);
       plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
         const index_t begin = (band.n * g.P + p_begin) * g.Q, end = (band.n * g.P + p_end) * g.Q;
-        gather_pixels<T>(args.grad_output, begin, end, g.P, g.Q, 0, channels, grad, ld);
-        if (saved) gather_pixels<T>(args.output, begin, end, g.P, g.Q, 0, channels, saved, ld);
-        if (residual) gather_pixels<T>(epilogue.residual, begin, end, g.P, g.Q, 0, channels, residual, ld);
         if (u) recompute_depthwise<T>(work.source, g, weights, epilogue, false, band.n, p_begin, p_end, u, ld, nullptr);
-        const EpilogueBackward<C> backward{epilogue, u, saved, residual, grad_residual, ld};
-        backward.run(end - begin, channels, grad, owned ? own_sums : no_sums);
+        const EpilogueBackward<C> backward{epilogue, grad_output.read(begin, end), saved.read(begin, end),
+                                           u,        residual.read(begin, end),    grad_residual,
+                                           ld};
+        backward.run(end - begin, channels, work.place(p_end - p_begin), owned ? own_sums : no_sums);
         if (owned && grad_residual)
           scatter_pixels<T>(grad_residual, ld, args.grads.residual, begin, end, g.P, g.Q, 0, channels);
-        work.take(g, band.n, p_begin, p_end, owned, needed, grad, ld);
+        work.take(band.n, p_begin, p_end, owned, needed);
       });
-      if (work.grad_input.wanted()) work.grad_input.end();
+      work.end();
     }
   });
   if (weight_sums) {
@@ -128,15 +172,15 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
 
   run_tasks(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
-    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
-                          weight_sums ? weight_sums + slot * taps * ld : nullptr);
-    const EpilogueSums own_sums = slot_of(sums, slot, channels);
     const index_t rows = imax(1, tile_pixels(ld * sizeof(C), g.Q) / g.Q);
-    C* u = static_cast<C*>(arena.allocate(rows * g.Q * ld * sizeof(C)));
+    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
+                          weight_sums ? weight_sums + slot * taps * ld : nullptr, rows, ld, 0);
+    const EpilogueSums own_sums = slot_of(sums, slot, channels);
     for (index_t i = plan.count * slot / plan.slots; i < plan.count * (slot + 1) / plan.slots; ++i) {
       const Band band = plan.band(i);
-      work.grad_input.begin(band);
+      work.begin(band);
       plan.for_each_tile(band, rows, [&](index_t p_begin, index_t p_end, bool owned, bool needed) {
+        C* u = work.place(p_end - p_begin);
         recompute_depthwise<T>(work.source, g, weights, epilogue, true, band.n, p_begin, p_end, u, ld, nullptr);
         const index_t tile_pixels = (p_end - p_begin) * g.Q;
         for (index_t c = 0; c < ld; c += kLanes<C>) {
@@ -150,9 +194,9 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
             if (owned && own_sums.bias) add_to_doubles<C>(own_sums.bias + c, total, channels - c);
           }
         }
-        work.take(g, band.n, p_begin, p_end, owned, needed, u, ld);
+        work.take(band.n, p_begin, p_end, owned, needed);
       });
-      if (work.grad_input.wanted()) work.grad_input.end();
+      work.end();
     }
   });
   if (weight_sums) {

@@ -79,8 +79,12 @@ constexpr index_t kShortChain = 16;
 template <class C>
 EFFOPS_INLINE void add_to_doubles(double* sums, vec<C> value, index_t lanes) {
   if (lanes >= kLanes<C>) {
-#pragma GCC unroll 16
-    for (index_t i = 0; i < kLanes<C>; ++i) sums[i] += value[i];
+    const DoubleLanes<C> wide = to_doubles(value);
+#pragma GCC unroll 2
+    for (int i = 0; i < DoubleLanes<C>::kParts; ++i) {
+      double* at = sums + i * kLanes<double>;
+      store(at, load(at) + wide.part[i]);
+    }
   } else {
     for (index_t i = 0; i < lanes; ++i) sums[i] += value[i];
   }
@@ -122,43 +126,48 @@ inline void reduce_epilogue_sums(const EpilogueSums& sums, index_t slots, index_
   reduce_sums(sums.shift, slots, channels, grads.shift, grads.shift_dtype);
 }
 
-// Turns `grad` (d loss / d epilogue output) into d loss / d (conv sum) in place.
+// Turns `incoming` (d loss / d epilogue output) into `grad`, d loss / d (conv sum); they may be the same.
+//   incoming  rows that may lie in the tensor itself, as may those of `saved` and `residual`
 //   raw       conv sums without bias, or null where the activation is none and no scale gradient is wanted
 //   saved     the epilogue's output, used instead of raw where given (the caller checked that it tells the derivative)
 //   residual  needed only under a post activation;  grad_residual  tile that receives d loss / d residual, or null
-// One channel block at a time over all pixels, so that the sums live in registers.
+// A few pixels at a time, all their channels: rows that lie in a tensor are read in the order they lie.
 template <class C>
 struct EpilogueBackward {
   const Epilogue<C>& epilogue;
+  PixelRows<const C> incoming, saved;
   const C* raw;
-  const C* saved;
-  const C* residual;
+  PixelRows<const C> residual;
   C* grad_residual;
-  index_t ld;  // of every tile
+  index_t ld;  // of the other tiles
 
   void run(index_t pixels, index_t channels, C* grad, const EpilogueSums& sums) const {
-    constexpr index_t L = kLanes<C>;
-    if (epilogue.trivial() && grad_residual == nullptr && sums.bias == nullptr && sums.scale == nullptr &&
-        sums.shift == nullptr)
+    if (epilogue.trivial() && incoming.data == grad && grad_residual == nullptr && sums.bias == nullptr &&
+        sums.scale == nullptr && sums.shift == nullptr)
       return;
-    for (index_t c = 0; c < channels; c += L) {
-      for (index_t first = 0; first < pixels; first += kShortChain) {
+    for (index_t first = 0; first < pixels; first += kShortChain) {
+      const index_t last = imin(pixels, first + kShortChain);
+      for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
         vec<C> sum_bias{}, sum_scale{}, sum_shift{};
-        const index_t last = imin(pixels, first + kShortChain);
-        for (index_t i = first; i < last; ++i) one_vector(i * ld + c, c, grad, sum_bias, sum_scale, sum_shift);
+        for (index_t i = first; i < last; ++i) {
+          one_vector<decltype(whole)::value>(i, c, channels - c, grad, sum_bias, sum_scale, sum_shift);
+        }
         if (sums.bias) add_to_doubles<C>(sums.bias + c, sum_bias, channels - c);
         if (sums.scale) add_to_doubles<C>(sums.scale + c, sum_scale, channels - c);
         if (sums.shift) add_to_doubles<C>(sums.shift + c, sum_shift, channels - c);
-      }
+      });
     }
   }
 
  private:
-  EFFOPS_INLINE void one_vector(index_t at, index_t c, C* grad, vec<C>& sum_bias, vec<C>& sum_scale,
+  template <bool Full>
+  EFFOPS_INLINE void one_vector(index_t pixel, index_t c, index_t lanes, C* grad, vec<C>& sum_bias, vec<C>& sum_scale,
                                 vec<C>& sum_shift) const {
-    vec<C> g = load(grad + at);
-    if (saved != nullptr) {
-      g = g * activate_grad_from_output<C>(epilogue.activation, epilogue.slope, load(saved + at));
+    const index_t at = pixel * ld + c;
+    vec<C> g = load_lanes<Full>(incoming.data + pixel * incoming.ld + c, lanes);
+    if (saved.data != nullptr) {
+      const vec<C> y = load_lanes<Full>(saved.data + pixel * saved.ld + c, lanes);
+      g = g * activate_grad_from_output<C>(epilogue.activation, epilogue.slope, y);
     } else if (raw != nullptr) {
       vec<C> u = load(raw + at);
       if (epilogue.bias) u = u + load(epilogue.bias + c);
@@ -167,7 +176,7 @@ struct EpilogueBackward {
       if (epilogue.post != Activation::none) {
         vec<C> y = a;
         if (epilogue.affine()) y = y * load(epilogue.scale + c) + load(epilogue.shift + c);
-        if (residual) y = y + load(residual + at);
+        if (residual.data) y = y + load_lanes<Full>(residual.data + pixel * residual.ld + c, lanes);
         activate_grad<C>(epilogue.post, epilogue.slope, y);
         g = g * y;
       }

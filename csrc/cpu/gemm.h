@@ -57,6 +57,39 @@ struct StoreRaw {
   }
 };
 
+// The first `columns` columns of the panel to rows of a tensor, the others to y, with whole registers.
+template <class C, class T>
+struct StoreSplit {
+  static constexpr index_t kChain = kLongChain;
+  T* first;
+  index_t first_ld;
+  index_t columns;  // may be negative, or more than there are
+  C* y;
+  index_t ld;
+  template <int V>
+  EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
+    for (int v = 0; v < V; ++v) acc[v] = vec<C>{};
+  }
+  template <int R, int V>
+  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[R][V]) const {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const index_t c = v * kLanes<C>, mine = columns - c;
+      if (mine >= kLanes<C>) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) store(first + (row + r) * first_ld + c, acc[r][v]);
+        continue;
+      }
+      if (mine > 0) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) store_partial(first + (row + r) * first_ld + c, acc[r][v], mine);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) store(y + (row + r) * ld + c, acc[r][v]);
+    }
+  }
+};
+
 // y += A B, with whole registers (y is padded). The sum starts at zero and is added at the end: two levels of summation
 // lose less to rounding over many tiles than one running sum.
 template <class C>

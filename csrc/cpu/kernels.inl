@@ -22,6 +22,7 @@ namespace {
 #include "csrc/cpu/tasks.h"
 #include "csrc/cpu/epilogue.h"
 #include "csrc/cpu/gemm.h"
+#include "csrc/cpu/batchnorm.h"
 #include "csrc/cpu/depthwise.h"
 #include "csrc/cpu/dwconv.h"
 #include "csrc/cpu/dsconv.h"

@@ -194,6 +194,68 @@ void scatter_pixels(const C* src, index_t ld, const TensorRef& tensor, index_t b
   });
 }
 
+// Whether all pixels of the batch follow each other at the distance `tensor.w`, each with its channels side by side.
+inline bool evenly_spaced(const TensorRef& tensor, index_t N, index_t P, index_t Q) {
+  return tensor.c == 1 && tensor.h == Q * tensor.w && (N == 1 || tensor.n == P * tensor.h);
+}
+
+// Pixels one after the other with contiguous channels. Only the channels may be read and written: what follows them may
+// be the next pixel's.
+template <class C>
+struct PixelRows {
+  C* data = nullptr;
+  index_t ld = 0;
+};
+
+// Hands out tiles of a map as PixelRows: where they lie, if they lie so and need no conversion, else through a tile of
+// its own. An absent tensor gives null rows.
+template <class T>
+class TileOfMap {
+  using C = compute<T>;
+
+ public:
+  // `channels` of them from `first` on, at most `pixels` at a time.
+  TileOfMap(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g, index_t first, index_t channels,
+            index_t pixels)
+      : tensor_(tensor), g_(g), first_(first), channels_(channels), ld_(round_up(channels, kLanes<C>)) {
+    in_place_ = std::is_same_v<T, C> && evenly_spaced(tensor, g.N, g.P, g.Q);
+    if (tensor.data != nullptr && !in_place_) tile_ = static_cast<C*>(arena.allocate(pixels * ld_ * sizeof(C)));
+  }
+
+  explicit operator bool() const { return tensor_.data != nullptr; }
+
+  PixelRows<const C> read(index_t begin, index_t end) const {
+    if (tile_ != nullptr) gather_pixels<T>(tensor_, begin, end, g_.P, g_.Q, first_, channels_, tile_, ld_);
+    const PixelRows<C> rows = at(begin);
+    return {rows.data, rows.ld};
+  }
+
+  // Where to put the pixels from `begin` on; `wrote` takes them to the tensor.
+  PixelRows<C> at(index_t begin) const {
+    if (tensor_.data == nullptr) return {};
+    if (tile_ != nullptr) return {tile_, ld_};
+    return {static_cast<C*>(tensor_.data) + begin * tensor_.w + first_, tensor_.w};
+  }
+  void wrote(index_t begin, index_t end) const {
+    if (tile_ != nullptr) scatter_pixels<T>(tile_, ld_, tensor_, begin, end, g_.P, g_.Q, first_, channels_);
+  }
+
+ private:
+  TensorRef tensor_;
+  const DepthwiseGeometry& g_;
+  index_t first_, channels_, ld_;
+  bool in_place_;
+  C* tile_ = nullptr;
+};
+
+// f(c, whole): every register of channels; `whole`, a compile-time constant, says that all its lanes are channels.
+template <class C, class F>
+EFFOPS_INLINE void for_each_register(index_t channels, const F& f) {
+  index_t c = 0;
+  for (; c + kLanes<C> <= channels; c += kLanes<C>) f(c, std::true_type{});
+  if (c < channels) f(c, std::false_type{});
+}
+
 // A per-channel vector in the compute type, padded with zeros to whole registers; null stays null.
 template <class C>
 C* channel_vector(Arena& arena, const ChannelRef& source, index_t channels) {

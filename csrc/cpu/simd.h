@@ -134,6 +134,20 @@ EFFOPS_INLINE vec<compute<T>> load_lanes(const T* p, index_t n) {
   }
 }
 
+// The lanes of a register as doubles, in their order.
+template <class C>
+struct DoubleLanes {
+  static constexpr int kParts = sizeof(double) / sizeof(C);
+  vec<double> part[kParts];
+};
+EFFOPS_INLINE DoubleLanes<double> to_doubles(vec<double> v) { return {{v}}; }
+EFFOPS_INLINE DoubleLanes<float> to_doubles(vec<float> v) {
+  typedef float half __attribute__((vector_size(EFFOPS_VECTOR_BYTES / 2)));
+  half halves[2];
+  __builtin_memcpy(halves, &v, sizeof(v));
+  return {{__builtin_convertvector(halves[0], vec<double>), __builtin_convertvector(halves[1], vec<double>)}};
+}
+
 // ---- stores ----
 
 EFFOPS_INLINE u16h narrow(vec<float> v) {

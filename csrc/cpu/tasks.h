@@ -28,3 +28,19 @@ inline index_t tile_pixels(index_t bytes_per_pixel, index_t row) {
   const index_t pixels = imax(28, imin(280, kTileBytes / imax(1, bytes_per_pixel)));
   return row <= pixels ? pixels / row * row : pixels / 28 * 28;
 }
+
+// A zeroed block of `size` values for each slot.
+template <class C>
+C* partial_sums(Arena& arena, index_t slots, index_t size) {
+  C* sums = static_cast<C*>(arena.allocate(slots * size * sizeof(C)));
+  __builtin_memset(sums, 0, slots * size * sizeof(C));
+  return sums;
+}
+
+// Adds the slots in order into the first one.
+template <class C>
+void reduce_slots(C* sums, index_t slots, index_t size) {
+  for (index_t s = 1; s < slots; ++s) {
+    for (index_t i = 0; i < size; ++i) sums[i] += sums[s * size + i];
+  }
+}

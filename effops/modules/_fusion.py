@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from effops.modules._arguments import ACTIVATION_MODULES
-from effops.modules._norms import Affine, running_affine
+from effops.modules._norms import Affine, batch_norm_of, running_affine
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
 
 _DW_KINDS = (nn.Conv2d, DepthwiseConv2d, SharedDepthwiseConv2d, FixedFilterConv2d, BlurPool2d)
@@ -90,19 +90,23 @@ _ACTIVATION_SLOT, _AFFINE_SLOT, _RESIDUAL_SLOT, _POST_SLOT = 1, 2, 3, 4
 class Stage:
     """One thing that follows a convolution: `kind` is "norm", "act" or "residual"."""
 
-    __slots__ = ("kind", "value", "affine")
+    __slots__ = ("kind", "value", "affine", "trains")
 
-    def __init__(self, kind: str, value: nn.Module | Tensor, affine: Affine | None = None) -> None:
+    def __init__(
+        self, kind: str, value: nn.Module | Tensor, affine: Affine | None = None, trains: bool = False
+    ) -> None:
         self.kind = kind
         self.value = value
         self.affine = affine
+        self.trains = trains
 
 
 def fill_epilogue(stages: Sequence[Stage]) -> tuple[dict[str, Any], int]:
     """Puts as many stages as fit, in order, into the epilogue of a convolution.
 
     Args:
-        stages: norm stages carry their (scale, shift) in `affine`, or None where they cannot be fused.
+        stages: norm stages carry their (scale, shift) in `affine`, or None where they cannot be fused that way;
+            `trains` says that they fuse as a batch norm of the operator.
 
     Returns:
         The keyword arguments of the functional call and how many stages they cover; torch runs the others.
@@ -127,9 +131,12 @@ def fill_epilogue(stages: Sequence[Stage]) -> tuple[dict[str, Any], int]:
         elif stage.kind == "norm":
             if _is_identity(stage.value) and not tampered(stage.value):
                 continue
-            if stage.affine is None or slot >= _AFFINE_SLOT:
+            if slot >= _AFFINE_SLOT or not (stage.affine or stage.trains):
                 return epilogue, done
-            epilogue["scale"], epilogue["shift"] = stage.affine
+            if stage.trains:
+                epilogue["batch_norm"] = batch_norm_of(stage.value)
+            else:
+                epilogue["scale"], epilogue["shift"] = stage.affine
             slot = _AFFINE_SLOT
         else:
             if slot >= _RESIDUAL_SLOT or not _residual_fuses(stage.value):
@@ -155,6 +162,13 @@ def norm_stage(norm: nn.Module, backend: str) -> Stage:
     """A norm stage that is fused where the norm is a plain BatchNorm2d on running statistics."""
     fuses = type(norm) is nn.BatchNorm2d and not tampered(norm)
     return Stage("norm", norm, running_affine(norm, backend) if fuses else None)
+
+
+def last_norm_stage(norm: nn.Module, backend: str) -> Stage:
+    """The stage of a norm behind the pointwise convolution, which fuses on the statistics of the batch as well."""
+    stage = norm_stage(norm, backend)
+    stage.trains = stage.affine is None and type(norm) is nn.BatchNorm2d and not tampered(norm)
+    return stage
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,10 +9,29 @@ from torch import Tensor, nn
 
 from effops import backends
 from effops.ops import batch_norm
+from effops.ops.epilogue import BatchNorm
 
 HALF_TYPES = (torch.float16, torch.bfloat16)
 
 Affine = tuple[Tensor, Tensor]
+
+
+def batch_norm_of(norm: nn.BatchNorm2d) -> BatchNorm:
+    """The norm, on the statistics of the next batch, for a kernel's epilogue; counts the batch as `norm(x)` does."""
+    running = norm.training and norm.track_running_stats
+    momentum = norm.momentum
+    if running and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+        if momentum is None:
+            momentum = 1.0 / float(norm.num_batches_tracked)
+    return BatchNorm(
+        norm.weight,
+        norm.bias,
+        norm.running_mean if running else None,
+        norm.running_var if running else None,
+        0.0 if momentum is None else momentum,
+        norm.eps,
+    )
 
 
 def takes_batch_statistics(norm: nn.Module) -> bool:

@@ -26,6 +26,7 @@ from effops.modules._fusion import (
     FusedBlock,
     Stage,
     fill_epilogue,
+    last_norm_stage,
     norm_stage,
     run_stages,
     why_not_act,
@@ -310,7 +311,7 @@ class FusedDSConv(FusedBlock):
 
     def _tail_stages(self, residual: Tensor | None) -> list[Stage]:
         parts = self._modules
-        norm, act = norm_stage(parts["norm"], self.backend), Stage("act", parts["act"])
+        norm, act = last_norm_stage(parts["norm"], self.backend), Stage("act", parts["act"])
         stages = [norm, act] if self.norm_first else [act, norm]
         if residual is not None:
             stages.append(Stage("residual", residual))

@@ -20,7 +20,7 @@ from effops.modules._fusion import (
     FusedBlock,
     Stage,
     fill_epilogue,
-    norm_stage,
+    last_norm_stage,
     run_stages,
     why_not_act,
     why_not_dw,
@@ -94,7 +94,7 @@ class HalfIdentityBlock(FusedBlock):
             return self._forward_unfused(left, right)
         parts = self._modules
         dw, pw = parts["dw"], parts["pw"]
-        stages = [Stage("act", parts["act"]), norm_stage(parts["norm"], self.backend)]
+        stages = [Stage("act", parts["act"]), last_norm_stage(parts["norm"], self.backend)]
         epilogue, fused = fill_epilogue(stages)
         right, new = EF.half_identity2d(
             left, right, dw.weight, pw.weight, dw.bias, pw.bias, dw.padding, **epilogue, backend=self.backend
@@ -174,7 +174,7 @@ class DownsamplingBlock(FusedBlock):
             return self._forward_unfused(input)
         parts = self._modules
         dw, pw = parts["dw"], parts["pw"]
-        stages = [Stage("act", parts["act"]), norm_stage(parts["norm"], self.backend)]
+        stages = [Stage("act", parts["act"]), last_norm_stage(parts["norm"], self.backend)]
         epilogue, fused = fill_epilogue(stages)
         output = EF.downsampling2d(
             input,

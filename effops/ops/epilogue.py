@@ -54,6 +54,24 @@ class Epilogue(NamedTuple):
     negative_slope: float = 0.01
 
 
+class BatchNorm(NamedTuple):
+    """Batch norm in training, in an epilogue's place of scale and shift: on the statistics of the batch itself.
+
+    Attributes:
+        weight, bias: [K], or None (ones, zeros).
+        running_mean, running_var: [K], updated in place as `F.batch_norm` does, or None.
+        momentum: of that update.
+        eps: added to the variance.
+    """
+
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    running_mean: Tensor | None = None
+    running_var: Tensor | None = None
+    momentum: float = 0.1
+    eps: float = 1e-5
+
+
 def activate(x: Tensor, code: int, negative_slope: float) -> Tensor:
     """Applies the activation with the given code by torch's own function of that name."""
     if code == NONE:

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import register_flop_formula
 from effops.ops import geometry as G
 from effops.ops.dsconv import reference
 from effops.ops.dwconv import depthwise_flops, kernel_gradients
-from effops.ops.epilogue import Epilogue, output_gives_gradient
+from effops.ops.epilogue import BatchNorm, Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
 from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, register_fake, triton_kernels
 
@@ -19,6 +19,8 @@ KERNELS = {
     "triton": triton_kernels("dsconv", "dsconv_fwd", "dsconv_bwd"),
     "cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default),
 }
+# One without an entry here gets the norm as an operator of torch behind its convolution (functional.py).
+NORM_KERNELS = {"cpp": Kernels(_ops.dsconv_norm_fwd.default, _ops.dsconv_norm_bwd.default)}
 
 # Positions among the 12 tensors of the operator.
 _PASSTHROUGH, _DW_RESIDUAL, _RESIDUAL = 1, 6, 11
@@ -45,6 +47,45 @@ def _dsconv_bwd(
         pw_weight, bias, scale, shift, residual,
     )  # fmt: skip
     return fake_gradients(tensors, _IMAGES, geometry, mask)
+
+
+@register_fake("dsconv_norm_fwd")
+def _dsconv_norm_fwd(
+    input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps,
+):  # fmt: skip
+    n, _, h, w = input.shape
+    p, q = G.output_size(h, w, dw_weight.shape[2], dw_weight.shape[3], geometry)
+    channels = pw_weight.shape[0]
+    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
+    mean = torch.empty(channels, dtype=dtype, device=input.device)
+    return (
+        fake_output(input, (n, geometry[G.KEEP] + channels, p, q), geometry),
+        fake_output(input, (n, channels, p, q), geometry),
+        mean,
+        torch.empty_like(mean),
+    )
+
+
+@register_fake("dsconv_norm_bwd")
+def _dsconv_norm_bwd(
+    grad_output, activated, mean, var, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps, mask,
+):  # fmt: skip
+    tensors = (
+        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, norm_weight, norm_bias, residual,
+    )  # fmt: skip
+    return fake_gradients(tensors, _IMAGES, geometry, mask)
+
+
+@register_flop_formula(_ops.dsconv_norm_fwd)
+def _dsconv_norm_fwd_flops(
+    input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps, out_shape=None,
+):  # fmt: skip
+    n, _, p, q = out_shape[1]
+    return depthwise_flops(input, dw_weight, geometry) + 2 * n * pw_weight[0] * pw_weight[1] * p * q
 
 
 @register_flop_formula([_ops.dsconv_fwd, _ops.dsconv_fwd_triton])
@@ -127,6 +168,68 @@ class DSConv2dFunction(KernelFunction):
         return (*gradients, None, None, None)
 
 
+class DSConvNorm2dFunction(KernelFunction):
+    """z = cat[passthrough, dw_chain(input)];  y = cat[z[:, -keep:], post_act(norm(act(conv2d(z, pw_weight) + bias)) +
+    residual)], norm(a) = (a - mean) / sqrt(var + eps) * norm_weight + norm_bias on this batch's statistics of a.
+
+    Call it as `DSConvNorm2dFunction.apply(input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps, backend)`. It checks nothing:
+    `effops.functional.ds_conv_norm2d` is the checked door to it.
+
+    Args:
+        norm_weight, norm_bias: [K] or None (ones, zeros).
+        eps: added to the variance.
+        The others: as for `DSConv2dFunction`.
+
+    Returns:
+        [N,keep+K,P,Q]; mean [K] and population variance [K] of a, float64 for a float64 input, else float32, which are
+        not differentiable (they are there for running statistics).
+
+    Saved for backward are the inputs and a; the depthwise result z is recomputed. The gradient can be differentiated
+    again (then through the reference).
+
+    Raises:
+        RuntimeError: under functorch transforms or forward-mode AD.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps, backend="cpp",
+    ):  # fmt: skip
+        kernels = kernels_of(NORM_KERNELS, backend, "DSConvNorm2dFunction")
+        output, activated, mean, var = kernels.forward(
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps,
+        )  # fmt: skip
+        ctx.save_for_backward(
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, bias, norm_weight, norm_bias, residual if geometry[G.PW_POST_ACTIVATION] else None,
+            activated, mean, var,
+        )  # fmt: skip
+        ctx.mark_non_differentiable(mean, var)
+        ctx.static = (geometry, slopes, eps, kernels)
+        return output, mean, var
+
+    @staticmethod
+    def backward(ctx, grad_output, _grad_mean, _grad_var):
+        *tensors, activated, mean, var = ctx.saved_tensors
+        geometry, slopes, eps, kernels = ctx.static
+        needs = list(ctx.needs_input_grad[:12])
+        pass_residual = needs[_RESIDUAL] and not geometry[G.PW_POST_ACTIVATION]
+        if pass_residual:
+            needs[_RESIDUAL] = False
+        if torch.is_grad_enabled():
+            reference = _norm_reference(geometry, slopes, eps)
+            gradients = reference_gradients(reference, tensors, needs, (grad_output,))
+        else:
+            head = (grad_output, activated, mean, var)
+            gradients = kernel_gradients(kernels.backward, head, tensors, (geometry, slopes, eps), needs)
+        if pass_residual:
+            gradients[_RESIDUAL] = grad_output[:, geometry[G.KEEP] :]
+        return (*gradients, None, None, None, None)
+
+
 def _reference(geometry, slopes):
     def run(
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
@@ -139,5 +242,22 @@ def _reference(geometry, slopes):
             bias, scale, shift, residual, geometry[G.PW_ACTIVATION], geometry[G.PW_POST_ACTIVATION], slopes[1]
         )
         return reference.dsconv(input, passthrough, dw_weight, dw_epilogue, pw_weight, epilogue, geometry)
+
+    return run
+
+
+def _norm_reference(geometry, slopes, eps):
+    def run(
+        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, norm_weight, norm_bias, residual,
+    ):  # fmt: skip
+        dw_epilogue = Epilogue(
+            dw_bias, dw_scale, dw_shift, dw_residual, geometry[G.ACTIVATION], geometry[G.POST_ACTIVATION], slopes[0]
+        )
+        epilogue = Epilogue(
+            bias, None, None, residual, geometry[G.PW_ACTIVATION], geometry[G.PW_POST_ACTIVATION], slopes[1]
+        )
+        norm = BatchNorm(norm_weight, norm_bias, eps=eps)
+        return reference.dsconv(input, passthrough, dw_weight, dw_epilogue, pw_weight, epilogue, geometry, norm)
 
     return run

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from effops.ops import geometry as G
 from effops.ops.dwconv.reference import dwconv
-from effops.ops.epilogue import Epilogue, apply_epilogue
+from effops.ops.epilogue import NONE, BatchNorm, Epilogue, apply_epilogue
 
 
 def dsconv(
@@ -19,8 +19,12 @@ def dsconv(
     pw_weight: Tensor,
     epilogue: Epilogue,
     geometry: list[int],
+    norm: BatchNorm | None = None,
 ) -> Tensor:
-    """z = cat[passthrough, dw_chain(input)];  y = cat[z[:, -keep:], pw_chain(z)], laid out by `geometry`."""
+    """z = cat[passthrough, dw_chain(input)];  y = cat[z[:, -keep:], pw_chain(z)], laid out by `geometry`.
+
+    `norm` stands in pw_chain where scale and shift stand otherwise.
+    """
     z = dwconv(input, dw_weight, geometry, dw_epilogue)
     if passthrough is not None:
         z = torch.cat((passthrough, z), 1)
@@ -30,8 +34,25 @@ def dsconv(
         epilogue = epilogue._replace(bias=None)
     else:
         y = F.conv2d(z, pw_weight)
-    y = apply_epilogue(y, epilogue)
+    if norm is None:
+        y = apply_epilogue(y, epilogue)
+    else:
+        ahead = epilogue._replace(residual=None, post_activation=NONE)
+        y = normalise(apply_epilogue(y, ahead), norm, epilogue)
     keep = geometry[G.KEEP]
     if keep:
         y = torch.cat((z[:, z.shape[1] - keep :], y), 1)
     return G.in_format(y, geometry[G.CHANNELS_LAST])
+
+
+def normalise(activated: Tensor, norm: BatchNorm, epilogue: Epilogue) -> Tensor:
+    """post_activation(norm(activated) + residual), with those two of `epilogue`; updates the running statistics."""
+    y = F.batch_norm(
+        activated, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, norm.momentum, norm.eps
+    )
+    behind = Epilogue(
+        residual=epilogue.residual,
+        post_activation=epilogue.post_activation,
+        negative_slope=epilogue.negative_slope,
+    )
+    return apply_epilogue(y, behind)
