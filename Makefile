@@ -14,6 +14,8 @@ TORCH ?= torch==2.13.0
 # The Triton that the check of the kernels uses besides the environment's own: the oldest that must work.
 OTHER_TRITON ?= 3.6.0
 IMAGES ?=
+# How many processes run the tests; interpreted Triton kernels are plain Python, one core each.
+WORKERS ?= 2
 ARGS ?=
 # For `make gpu` alone, which uses a Python that has torch and the GPU already and installs nothing:
 #   BUDGET  seconds it may take     RESULTS  folder for its JSON     WHEELS  folder of carried wheels (pytest, if missing)
@@ -42,7 +44,7 @@ run: build ## photographs through MobileNetV2 and VGNetG-1.0MP, stock PyTorch an
 
 test: export EFFOPS_OTHER_TRITON ?= $(if $(wildcard $(OTHER_TRITON_FOLDER)/.installed),$(OTHER_TRITON_FOLDER))
 test: build ## the tests, as CI runs them (ARGS="-m 'not slow' -k dwconv")
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: export EFFOPS_HYPOTHESIS ?= 1000
 test-all: export EFFOPS_COMPILE_ALL ?= 1

@@ -257,21 +257,16 @@ def epilogue(u, affine, residual, c, live, CHAIN: tl.constexpr):
 
 
 @triton.jit
-def store_sums(partial, row, COUNT, c, live, value):
-    """partial[row, c] = the tile's sums over its pixels; nothing where there is no `partial` [rows, COUNT]."""
-    if partial is not None:
-        tl.store(partial + (row * COUNT + c), tl.sum(value, 0), mask=live)
-
-
-@triton.jit
-def epilogue_gradient(g, u, affine, residual, c, live, CHAIN: tl.constexpr, partial, row, COUNT):
-    """Gradients of `epilogue` at u and at the residual, from the gradient g of its result.
+def epilogue_gradient(g, u, affine, residual, c, live, CHAIN: tl.constexpr):
+    """Gradients of `epilogue` at u and at the residual, and the product that sums to the scale's, from its result's.
 
     Args:
         g: 0 outside the map and the channels.
-        u: what the epilogue was given, or None where it has no activation and its scale's gradient is not wanted.
+        u: what the epilogue was given; None where it has no activation and the scale's gradient is not wanted.
         residual: the loaded tile, or None; read only for the derivative of the outer activation.
-        partial: an `Affine` of [rows, COUNT] partial sums over pixels, None where not wanted; `row` is written.
+
+    Returns:
+        (du, dresidual, product): summed over pixels they are the gradients of bias, shift and scale.
     """
     activated = None
     if u is not None:
@@ -290,16 +285,22 @@ def epilogue_gradient(g, u, affine, residual, c, live, CHAIN: tl.constexpr, part
         if residual is not None:
             result += residual.to(u.dtype)
         g *= activation_slope(result, CHAIN.POST, CHAIN.SLOPE)
-    store_sums(partial.shift, row, COUNT, c, live, g)
-    if partial.scale is not None:
-        store_sums(partial.scale, row, COUNT, c, live, g * activated)
+    product = g
+    if u is not None:
+        product = g * activated
     du = g
     if scale is not None:
         du *= scale
     if CHAIN.ACT != _NONE:
         du *= activation_slope(u, CHAIN.ACT, CHAIN.SLOPE)
-    store_sums(partial.bias, row, COUNT, c, live, du)
-    return du, g
+    return du, g, product
+
+
+@triton.jit
+def store_vector(partial, row, COUNT, c, live, value):
+    """partial[row, c] = value, a vector; nothing where there is no `partial` [rows, COUNT]."""
+    if partial is not None:
+        tl.store(partial + (row.to(tl.int64) * COUNT + c), value, mask=live)
 
 
 # ---- the depthwise tile ---------------------------------------------------------------------------------------------

@@ -67,8 +67,8 @@ from effops.ops.triton_device import (
     epilogue_gradient,
     load_tile,
     slope_from_output,
-    store_sums,
     store_tile,
+    store_vector,
     strip_pixels_of,
 )
 from effops.ops.triton_sum import partials, sum_partials
@@ -197,8 +197,9 @@ def _forward_kernel(
     inside = m < sizes.M
     n, p, q = strip_pixels_of(m, sizes, STRIP)
     k, live = _channels(k_block, pw.K, BLOCK_K, WIDE, VEC.K)
+    keeping = tl.where(k_block == 0, inside, False)  # `inside & (k_block == 0)` is no mask to 3.9's interpreter
     acc = _pointwise_sums(
-        x, bank, dw_affine, dw_residual, passed, pw, kept, inside & (k_block == 0), n, p, q, inside, k, sizes,
+        x, bank, dw_affine, dw_residual, passed, pw, kept, keeping, n, p, q, inside, k, sizes,
         WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
     )  # fmt: skip
     mask = inside[:, None] & live[None, :]
@@ -209,6 +210,14 @@ def _forward_kernel(
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _store_sums(partial, row, COUNT, c, live, du, product, shifted):
+    """Sums over the tile's pixels to the row of `partial`, an `Affine`: the gradients of bias, scale and shift."""
+    store_vector(partial.bias, row, COUNT, c, live, tl.sum(du, 0))
+    store_vector(partial.scale, row, COUNT, c, live, tl.sum(product, 0))
+    store_vector(partial.shift, row, COUNT, c, live, tl.sum(shifted, 0))
 
 
 @triton.jit
@@ -238,9 +247,10 @@ def _output_gradient_kernel(
     if output.data is not None:
         y = load_tile(output, n, p, q, k, mask, VEC.K).to(g.dtype)
         g *= slope_from_output(y, CHAIN.ACT, CHAIN.SLOPE)
-        store_sums(partial.bias, row, pw.K, k, live, g)
+        store_vector(partial.bias, row, pw.K, k, live, tl.sum(g, 0))
     else:
-        g, g_residual = epilogue_gradient(g, u, affine, added, k, live, CHAIN, partial, row, pw.K)
+        g, g_residual, product = epilogue_gradient(g, u, affine, added, k, live, CHAIN)
+        _store_sums(partial, row, pw.K, k, live, g, product, g_residual)
         if residual_grad.data is not None:
             store_tile(residual_grad, n, p, q, k, g_residual, mask, VEC.K)
     if du.data is not None:
@@ -301,7 +311,8 @@ def _depthwise_gradient_kernel(
     added = None
     if dw_residual.data is not None:
         added = load_tile(dw_residual, n, p, q, o, mask, VEC.C)
-    g, g_residual = epilogue_gradient(g, u, dw_affine, added, o, live, DW_CHAIN, partial, row, sizes.D)
+    g, g_residual, product = epilogue_gradient(g, u, dw_affine, added, o, live, DW_CHAIN)
+    _store_sums(partial, row, sizes.D, o, live, g, product, g_residual)
     if residual_grad.data is not None:
         store_tile(residual_grad, n, p, q, o, g_residual, mask, VEC.C)
     if sums_grad.data is not None:
@@ -716,6 +727,24 @@ def _registers(layer: _Layer, vec: int) -> int:
     extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
     plain = layer.window.B == 0 and vec == 8 and not layer.keep and all(extra is None for extra in extras)
     return 128 if plain else 255
+
+
+def configs() -> dict[str, list[dict[str, Any]]]:
+    """What the choosers can return, by kernel, for the ahead-of-time check."""
+
+    def sums(table: dict) -> list[dict[str, Any]]:
+        tiles = {(m, k, "tf32" if kind == "tf32" else "ieee") for kind, tiles in table.items() for m, k in tiles}
+        return [{"BLOCK_M": m, "BLOCK_K": k, "PRECISION": precision} for m, k, precision in sorted(tiles)]
+
+    backward = {(m, k, warps) for tiles in _BACKWARD.values() for m, (_, k, warps, _) in tiles.items()}
+    over_k = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps} for m, k, warps in sorted(backward)]
+    return {
+        "_forward_kernel": sums(_FORWARD),
+        "_output_gradient_kernel": sums(_OUTPUT_GRADIENT),
+        "_passed_gradient_kernel": over_k,
+        "_depthwise_gradient_kernel": over_k,
+        "_matrix_gradient_kernel": [{"BLOCK_M": m} for m in sorted({m for pair in _MATRIX.values() for m, *_ in pair})],
+    }
 
 
 def pointwise_config(layer: _Layer, vec: int, *, roomy: bool, table: dict = _FORWARD) -> L.Config:

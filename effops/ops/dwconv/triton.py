@@ -27,7 +27,7 @@ Roofline, calculated for an H200 (4.3 TB/s), nothing measured: forward of fp16 [
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -43,14 +43,13 @@ from effops.ops.triton_device import (
     Sizes,
     Window,
     accumulator,
-    activate,
-    activation_slope,
     add_window,
     block_of,
     cells_of,
     channels_of,
     depthwise_tile,
     epilogue,
+    epilogue_gradient,
     load_tile,
     load_vector,
     offset_at,
@@ -58,6 +57,7 @@ from effops.ops.triton_device import (
     put,
     slope_from_output,
     store_tile,
+    store_vector,
     tap_between,
     tap_vector,
     window_pixels,
@@ -232,7 +232,7 @@ def _weight_gradient_kernel(
             sums = _add_group(sums, grad, x, n, p, q, inside, o, live, first, sizes, WINDOW, GROUP, VEC)
     row = partial + (block.to(tl.int64) * taps + first) * sizes.D
     for k in tl.static_range(GROUP):
-        tl.store(row + (k * sizes.D + o), tl.sum(sums[k], 0), mask=live & (first + k < taps))
+        tl.store(row + (k * sizes.D + o), tl.sum(sums[k], 0), mask=tl.where(first + k < taps, live, False))
 
 
 # ---- gradient at the sums -------------------------------------------------------------------------------------------
@@ -244,47 +244,6 @@ def _add_to(total, value, wanted):
     if wanted is not None:
         total += tl.sum(value, 0)
     return total
-
-
-@triton.jit
-def _undo_epilogue(g, u, affine, added, o, live, totals, partial, CHAIN: tl.constexpr):
-    """(gradient at the sums, gradient at the residual, totals) from that at the output.
-
-    Args:
-        g: gradient at the output, [pixels, channels].
-        u: the sums, before bias.
-        added: the residual's tile, or None.
-        totals: `Affine` of [channels] vectors: the gradients of bias, scale and shift so far.
-        partial: `Affine` with None where they are not wanted.
-    """
-    if affine.bias is not None:
-        u += load_vector(affine.bias, o, live, u.dtype)[None, :]
-    activated = activate(u, CHAIN.ACT, CHAIN.SLOPE)
-    v = activated
-    if affine.scale is not None:
-        scale = load_vector(affine.scale, o, live, u.dtype)[None, :]
-        v = v * scale
-    if affine.shift is not None:
-        v += load_vector(affine.shift, o, live, u.dtype)[None, :]
-    if added is not None:
-        v += added.to(u.dtype)
-    g *= activation_slope(v, CHAIN.POST, CHAIN.SLOPE)
-    du = g
-    if affine.scale is not None:
-        du = du * scale
-    du *= activation_slope(u, CHAIN.ACT, CHAIN.SLOPE)
-    totals = Affine(
-        _add_to(totals.bias, du, partial.bias),
-        _add_to(totals.scale, g * activated, partial.scale),
-        _add_to(totals.shift, g, partial.shift),
-    )
-    return du, g, totals
-
-
-@triton.jit
-def _store_total(partial, block, sizes, o, live, total):
-    if partial is not None:
-        tl.store(partial + (block.to(tl.int64) * sizes.D + o), total, mask=live)
 
 
 @triton.jit
@@ -305,8 +264,6 @@ def _epilogue_gradient_kernel(
         n, p, q = cells_of(m, sizes, ROWS, 1)
         if RECOMPUTE:
             u = _sums(x, weight, n, p, q, inside, o, live, sizes, WINDOW, ROWS, UNROLLED, VEC)
-        else:  # nothing below depends on them but through the saved output
-            u = zero_tiles(ROWS, BLOCK_M, BLOCK_C, acc)
         for i in tl.static_range(ROWS):
             mask = (inside & (p + i < sizes.P))[:, None] & live[None, :]
             g = load_tile(grad, n, p + i, q, o, mask, VEC).to(acc)
@@ -317,17 +274,25 @@ def _epilogue_gradient_kernel(
                 totals = Affine(_add_to(totals.bias, g, partial.bias), totals.scale, totals.shift)
                 d = g
             else:
+                sums = None
+                if RECOMPUTE:
+                    sums = u[i]
                 added = None
                 if residual.data is not None:
                     added = load_tile(residual, n, p + i, q, o, mask, VEC)
-                d, g, totals = _undo_epilogue(g, u[i], affine, added, o, live, totals, partial, CHAIN)
+                d, g, product = epilogue_gradient(g, sums, affine, added, o, live, CHAIN)
+                totals = Affine(
+                    _add_to(totals.bias, d, partial.bias),
+                    _add_to(totals.scale, product, partial.scale),
+                    _add_to(totals.shift, g, partial.shift),
+                )
             if du.data is not None:
                 store_tile(du, n, p + i, q, o, d, mask, VEC)
             if grad_residual.data is not None:
                 store_tile(grad_residual, n, p + i, q, o, g, mask, VEC)
-    _store_total(partial.bias, block, sizes, o, live, totals.bias)
-    _store_total(partial.scale, block, sizes, o, live, totals.scale)
-    _store_total(partial.shift, block, sizes, o, live, totals.shift)
+    store_vector(partial.bias, block, sizes.D, o, live, totals.bias)
+    store_vector(partial.scale, block, sizes.D, o, live, totals.scale)
+    store_vector(partial.shift, block, sizes.D, o, live, totals.shift)
 
 
 # ---- statistics -----------------------------------------------------------------------------------------------------
@@ -461,7 +426,7 @@ class Tile(NamedTuple):
 # The shipped table: kernel -> {taps at most: {bytes of an element: (channels_last, NCHW)}}. An entry is (elements of a
 # row of a cell a thread, rows of a cell, bound on registers); None, and every larger window, is a loop over the taps.
 # Forward, statistics and gradients at the sums keep elements x rows sums a thread, the weight's gradient elements x
-# taps. One table for sm_80, sm_90 and sm_100: the bounds are those at which none of them spills.
+# taps. One table for sm_80, sm_90 and sm_100, with bounds at which none of them spills.
 _MEDIUM = {2: (None, (2, 2, 128)), 4: (None, (2, 2, 128)), 8: (None, (1, 2, 168))}
 _SMALL = {2: ((8, 4, 200), (2, 4, 128)), 4: ((4, 4, 168), (2, 4, 128)), 8: ((2, 4, 168), (1, 4, 128))}
 _SUMS = {9: _SMALL, 25: _MEDIUM}
@@ -482,6 +447,30 @@ _TABLE = {
 }
 _LOOPED = {2: ((8, 1, 128), (2, 1, 128)), 4: ((4, 1, 128), (2, 1, 128)), 8: ((2, 1, 128), (1, 1, 128))}
 _WARPS = 4
+
+
+def configs() -> dict[str, list[dict[str, Any]]]:
+    """What the choosers can return, by kernel, for the ahead-of-time check."""
+
+    def of(kernel: str) -> list[dict[str, Any]]:
+        entries = [e for sizes in _TABLE[kernel].values() for layouts in sizes.values() for e in layouts if e]
+        tiles = {(True, rows, bound) for _, rows, bound in entries}
+        tiles |= {(False, rows, bound) for layouts in _LOOPED.values() for _, rows, bound in layouts}
+        # The rows of an input gradient's cell follow from the stride too.
+        return [
+            {"UNROLLED": unrolled, "maxnreg": bound} | ({} if kernel == "input_gradient" else {"ROWS": rows})
+            for unrolled, rows, bound in sorted(tiles)
+        ]
+
+    return {
+        "_forward_kernel": of("forward"),
+        "_epilogue_gradient_kernel": [*of("epilogue_gradient"), {"ROWS": 1, "RECOMPUTE": False}],
+        "_input_gradient_kernel": of("input_gradient"),
+        "_weight_gradient_kernel": of("weight_gradient"),
+        "_statistics_kernel": of("statistics"),
+        "_combine_statistics_kernel": [{}],
+        "_statistics_gradient_kernel": of("forward"),
+    }
 
 
 def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: int) -> Tile:

@@ -1,0 +1,152 @@
+"""The traffic of the Triton kernels is the minimum of their pictures, counted from their own index arithmetic.
+
+For every program: of the map it reads it loads those elements, each counted once, that its own results need, and none
+besides. Over all programs: every result is stored exactly once, and what is only read by its owner is loaded once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+import torch
+from cases import DsCase, DwCase, Epi
+from helpers import geometry_of, make_tensors
+from triton_problems import forward_arguments
+from triton_traffic import Program, recorded
+
+from effops.ops import geometry as G
+from effops.ops.registration import INTERPRETING
+
+pytestmark = pytest.mark.skipif(not INTERPRETING, reason="counts what the interpreter does")
+
+LAYOUTS = ("contiguous", "channels_last")
+WINDOWS = {
+    "3x3": {"c": 20, "h": 11, "w": 13},
+    "3x3-s2": {"c": 20, "h": 11, "w": 13, "stride": (2, 2)},
+    "3x3-multiplier2": {"c": 9, "h": 7, "w": 8, "multiplier": 2},
+    "1x5-dilated": {"c": 12, "h": 9, "w": 17, "kernel": (1, 5), "padding": (4, 4, 0, 0), "dilation": (1, 2)},
+    "7x7": {"c": 8, "h": 9, "w": 10, "kernel": (7, 7), "padding": (3, 3, 3, 3)},  # a loop over the taps
+}
+
+Index = tuple[int, ...]
+
+
+@pytest.fixture(autouse=True)
+def _needs_triton(triton: str) -> None:
+    """Skips where there is none."""
+
+
+def under(pixels: Iterable[Index], case: DwCase | DsCase, channel: bool = True) -> set[Index]:
+    """Input elements under the windows of the output elements (n, o, p, q), without those in the padding.
+
+    `channel=False`: of all input channels, as a pointwise convolution behind needs them.
+    """
+    (sh, sw), (dh, dw), (r, s) = case.stride, case.dilation, case.kernel
+    left, _, top, _ = case.padding
+    found = set()
+    for n, o, p, q in pixels:
+        channels = [o // case.multiplier] if channel else range(case.c)
+        for i in range(r):
+            for j in range(s):
+                h, w = p * sh + i * dh - top, q * sw + j * dw - left
+                if 0 <= h < case.h and 0 <= w < case.w:
+                    found.update((n, c, h, w) for c in channels)
+    return found
+
+
+def each_stored_once(programs: list[Program], y: torch.Tensor) -> None:
+    counts = Counter(index for program in programs for index in program.stored(y))
+    assert len(counts) == y.numel() and set(counts.values()) == {1}
+
+
+def of_kernel(programs: list[Program], name: str) -> list[Program]:
+    found = [program for program in programs if program.kernel == name]
+    assert found, {program.kernel for program in programs}
+    return found
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_depthwise_forward(window: str, layout: str) -> None:
+    from effops.ops.dwconv.triton import dwconv_fwd
+
+    case = DwCase(id="traffic", layout=layout, epi=Epi(bias=True, activation="silu"), **WINDOWS[window])
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    with recorded() as programs:
+        y = dwconv_fwd(*forward_arguments("dwconv_fwd", case, tensors, geometry))
+    programs = of_kernel(programs, "_forward_kernel")
+    assert len(programs) > 1
+    each_stored_once(programs, y)
+    for program in programs:
+        assert program.loaded(x) == under(program.stored(y), case)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_input_gradient(window: str, layout: str) -> None:
+    from effops.ops.dwconv.triton import dwconv_fwd, input_gradient
+
+    case = DwCase(id="traffic", layout=layout, **WINDOWS[window])
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    grad = torch.randn_like(dwconv_fwd(*forward_arguments("dwconv_fwd", case, tensors, geometry)))
+    readers: dict[Index, set[Index]] = {}  # input element -> the output elements whose window covers it
+    for output in torch.cartesian_prod(*map(torch.arange, grad.shape)).tolist():
+        for element in under([tuple(output)], case):
+            readers.setdefault(element, set()).add(tuple(output))
+    with recorded() as programs:
+        dx = input_gradient(grad, tensors["weight"], x, geometry)
+    programs = of_kernel(programs, "_input_gradient_kernel")
+    each_stored_once(programs, dx)
+    for program in programs:
+        assert program.loaded(grad) == set().union(*(readers.get(index, set()) for index in program.stored(dx)))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [name for name in WINDOWS if name != "7x7"])  # its loop reads the maps per 8 taps
+def test_weight_gradient(window: str, layout: str) -> None:
+    from effops.ops.dwconv.triton import dwconv_fwd, weight_gradient
+
+    case = DwCase(id="traffic", layout=layout, **WINDOWS[window])
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    grad = torch.randn_like(dwconv_fwd(*forward_arguments("dwconv_fwd", case, tensors, geometry)))
+    with recorded() as programs:
+        weight_gradient(grad, x, tensors["weight"], geometry)
+    owners: Counter[Index] = Counter()
+    for program in of_kernel(programs, "_weight_gradient_kernel"):
+        owned = program.loaded(grad)
+        owners.update(owned)
+        assert program.loaded(x) == under(owned, case)
+    assert len(owners) == grad.numel() and set(owners.values()) == {1}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize(("k", "keep", "passthrough"), [(24, 0, 0), (70, 5, 3)], ids=["one_block", "every_part"])
+def test_separable_forward(window: str, layout: str, k: int, keep: int, passthrough: int) -> None:
+    """The programs of the first block of output channels store the kept ones too, without reading anything anew."""
+    from effops.ops.dsconv.triton import dsconv_fwd
+
+    case = DsCase(
+        id="traffic", layout=layout, passthrough_layout=layout, k=k, keep=keep, passthrough=passthrough,
+        dw=Epi(bias=True, activation="relu"), pw=Epi(scale=True, activation="silu"), **WINDOWS[window],
+    )  # fmt: skip
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    with recorded() as programs:
+        y = dsconv_fwd(*forward_arguments("dsconv_fwd", case, tensors, geometry))
+    programs = of_kernel(programs, "_forward_kernel")
+    each_stored_once(programs, y)
+    assert geometry[G.KEEP] == keep
+    for program in programs:
+        stored = program.stored(y)
+        pixels = {(n, 0, p, q) for n, _, p, q in stored}
+        assert program.loaded(x) == under(pixels, case, channel=False)
+        if passthrough:
+            assert program.loaded(tensors["passthrough"]) == {
+                (n, c, p, q) for n, _, p, q in pixels for c in range(passthrough)
+            }
