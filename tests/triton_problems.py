@@ -189,7 +189,8 @@ DS_CASES: list[tuple[DsCase, str | None]] = [
     (DsCase(id="k3-c96-k24-56x56-narrow", n=32, c=96, k=24, h=56, w=56, dw=SAVED, pw=LINEAR), None),
     (DsCase(id="k3-c17-k13-19x23-one_by_one", n=2, c=17, k=13, h=19, w=23, dw=SAVED, pw=SAVED), None),
     (DsCase(id="k3-c1-k1-4x4-tiny", n=1, c=1, k=1, h=4, w=4), None),
-    *((DsCase(id=f"k3-c64-k{k}-{size}x{size}-few_programs", n=1, c=64, k=k, h=size, w=size, pw=SAVED), None)
+    *((DsCase(id=f"k3-c64-k{k}-{size}x{size}-few_programs", n=1, c=64, k=k, h=size, w=size, passthrough=64,
+              pw=SAVED), None)
       for k in (256, 128, 64, 32) for size in (70, 50)),
     (DsCase(id="k3-c64-k64-1024x1024-64_bit", n=64, c=64, k=64, h=1024, w=1024, dw=HEAVIEST, pw=HEAVIEST), None),
 ]  # fmt: skip

@@ -121,7 +121,9 @@ def _gather_taps(
     products: tl.constexpr = taps * WINDOW.MULT
     for k in range(products):
         tap = k % taps
-        o = c * WINDOW.MULT + k // taps
+        o = c
+        if WINDOW.MULT > 1:  # else a channel number that is known to be aligned
+            o = c * WINDOW.MULT + k // taps
         y = h + WINDOW.TOP - tap // WINDOW.S * WINDOW.DH
         x = w + WINDOW.LEFT - tap % WINDOW.S * WINDOW.DW
         p = y // WINDOW.SH
@@ -429,23 +431,24 @@ class Tile(NamedTuple):
 # taps. One table for sm_80, sm_90 and sm_100, with bounds at which none of them spills.
 _MEDIUM = {2: (None, (2, 2, 128)), 4: (None, (2, 2, 128)), 8: (None, (1, 2, 168))}
 _SMALL = {2: ((8, 4, 200), (2, 4, 128)), 4: ((4, 4, 168), (2, 4, 128)), 8: ((2, 4, 168), (1, 4, 128))}
-_SUMS = {9: _SMALL, 25: _MEDIUM}
-# The epilogue's vectors stand beside the sums.
-_EPILOGUE = {9: _SMALL | {2: ((8, 2, 200), (2, 4, 128))}, 25: _MEDIUM}
+# The running moments stand beside the sums, or the epilogue's vectors.
+_SUMS = {9: _SMALL | {4: ((4, 2, 168), (2, 4, 128))}, 25: _MEDIUM}
+_FORWARD = {9: _SMALL | {2: ((8, 2, 200), (2, 4, 128))}, 25: _MEDIUM}
+_EPILOGUE = {9: _FORWARD[9] | {8: ((2, 2, 168), (1, 4, 168))}, 25: _MEDIUM}
 _TABLE = {
-    "forward": _EPILOGUE,
+    "forward": _FORWARD,
     "epilogue_gradient": _EPILOGUE,
     "statistics": _SUMS,
     "input_gradient": {
         9: _SMALL,
-        25: {2: ((8, 2, 168), (2, 2, 128)), 4: ((4, 4, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
+        25: {2: ((8, 2, 255), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
     },
     "weight_gradient": {
         9: {2: ((8, 2, 128), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
         25: {2: ((4, 1, 168), (2, 1, 128)), 4: ((4, 1, 200), (2, 1, 128)), 8: ((1, 2, 128), (1, 1, 128))},
     },
 }
-_LOOPED = {2: ((8, 1, 128), (2, 1, 128)), 4: ((4, 1, 128), (2, 1, 128)), 8: ((2, 1, 128), (1, 1, 128))}
+_LOOPED = {2: ((8, 1, 128), (2, 1, 128)), 4: ((4, 1, 128), (2, 1, 128)), 8: ((2, 1, 255), (1, 1, 128))}
 _WARPS = 4
 
 
@@ -484,7 +487,7 @@ def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: i
     """
     entries, taps = _TABLE[kernel], window.R * window.S
     limit = min((most for most in entries if taps <= most), default=None)
-    layout = 0 if channels_last else 1
+    layout = 0 if channels_last and channels >= 8 else 1  # with fewer channels a thread's elements are pixels
     entry = entries[limit][x.element_size()][layout] if limit else None
     # A cell is a whole number of strides: of a stride above 2 it would be too large to unroll.
     unrolled = entry is not None and max(window.SH, window.SW) <= 2
