@@ -13,7 +13,7 @@ import pytest
 import torch
 from cases import DsCase, DwCase, Epi
 from helpers import geometry_of, make_tensors
-from triton_problems import forward_arguments
+from triton_problems import backward_arguments, forward_arguments
 from triton_traffic import Program, recorded
 
 from effops.ops import geometry as G
@@ -150,3 +150,25 @@ def test_separable_forward(window: str, layout: str, k: int, keep: int, passthro
             assert program.loaded(tensors["passthrough"]) == {
                 (n, c, p, q) for n, _, p, q in pixels for c in range(passthrough)
             }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", [name for name in WINDOWS if name != "7x7"])
+def test_separable_backward(window: str, layout: str) -> None:
+    """All channels fit one block here: each program owns its pixels, and reads their gradient and windows once."""
+    from effops.ops.dsconv.triton import dsconv_bwd, dsconv_fwd
+
+    case = DsCase(id="traffic", layout=layout, k=24, dw=Epi(activation="silu"), **WINDOWS[window])
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    grad = torch.randn_like(dsconv_fwd(*forward_arguments("dsconv_fwd", case, tensors, geometry)))
+    arguments = backward_arguments("dsconv_bwd", case, tensors, geometry, None, (grad,))
+    with recorded() as programs:
+        dsconv_bwd(*arguments)
+    for kernel in ("_depthwise_gradient_kernel", "_matrix_gradient_kernel"):
+        owners: Counter[Index] = Counter()
+        for program in of_kernel(programs, kernel):
+            owned = program.loaded(grad)
+            owners.update(owned)
+            assert program.loaded(x) == under({(n, 0, p, q) for n, _, p, q in owned}, case, channel=False)
+        assert len(owners) == grad.numel() and set(owners.values()) == {1}, kernel
