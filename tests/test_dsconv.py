@@ -58,8 +58,9 @@ def test_forward_float16(case: DsCase, float16_backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", SMOOTH_CASES, ids=ids(SMOOTH_CASES))
-def test_gradients_float16(case: DsCase, float16_backend: str) -> None:
-    check_gradients(case, torch.float16, float16_backend)
+def test_gradients_float16(case: DsCase, triton: str) -> None:
+    """Not of the reference, which is torch: its own float16 sums over many pixels on a CPU pass the norm's bound."""
+    check_gradients(case, torch.float16, triton)
 
 
 @pytest.mark.parametrize("case", ACTIVATION_CASES, ids=ids(ACTIVATION_CASES))
@@ -71,13 +72,13 @@ def test_activations(case: DsCase, backend: str) -> None:
 
 @pytest.mark.parametrize("keep", (0, 16))
 @pytest.mark.parametrize("k", (32, 33), ids=("aligned", "not_aligned"))
-def test_output_larger_than_the_caches(k: int, keep: int, backend: str) -> None:
-    """30 MB, which kernels may write past the caches; whole cache lines and not."""
+def test_output_larger_than_the_caches(k: int, keep: int, cpp: str) -> None:
+    """30 MB, which the C++ kernels write past the caches; whole cache lines and not."""
     case = DsCase(
         id="large", n=2, c=16, k=k, h=340, w=341, keep=keep, layout="channels_last",
         pw=Epi(bias=True, scale=True, shift=True, activation="relu6"),
     )  # fmt: skip
-    check_forward(case, torch.float32, backend)
+    check_forward(case, torch.float32, cpp)
 
 
 _EPI = Epi(bias=True, scale=True, shift=True, residual=True, activation="gelu", post_activation="leaky_relu", slope=0.1)

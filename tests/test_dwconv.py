@@ -66,8 +66,9 @@ def test_forward_float16(case: DwCase, float16_backend: str) -> None:
 
 
 @pytest.mark.parametrize("case", [c for c in DW_CASES if smooth(c)], ids=ids([c for c in DW_CASES if smooth(c)]))
-def test_gradients_float16(case: DwCase, float16_backend: str) -> None:
-    check_gradients(case, torch.float16, float16_backend)
+def test_gradients_float16(case: DwCase, triton: str) -> None:
+    """Not of the reference, which is torch: its own float16 sums over many pixels on a CPU pass the norm's bound."""
+    check_gradients(case, torch.float16, triton)
 
 
 @pytest.mark.parametrize("case", ACTIVATION_CASES, ids=ids(ACTIVATION_CASES))

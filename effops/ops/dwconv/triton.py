@@ -441,10 +441,10 @@ _TABLE = {
     "statistics": _SUMS,
     "input_gradient": {
         9: _SMALL,
-        25: {2: ((8, 2, 255), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
+        25: {2: ((8, 2, 255), (2, 2, 128)), 4: ((4, 2, 255), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
     },
     "weight_gradient": {
-        9: {2: ((8, 2, 128), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
+        9: {2: ((8, 2, 168), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
         25: {2: ((4, 1, 168), (2, 1, 128)), 4: ((4, 1, 200), (2, 1, 128)), 8: ((1, 2, 128), (1, 1, 128))},
     },
 }
@@ -459,6 +459,7 @@ def configs() -> dict[str, list[dict[str, Any]]]:
         entries = [e for sizes in _TABLE[kernel].values() for layouts in sizes.values() for e in layouts if e]
         tiles = {(True, rows, bound) for _, rows, bound in entries}
         tiles |= {(False, rows, bound) for layouts in _LOOPED.values() for _, rows, bound in layouts}
+        tiles |= {(unrolled, min(rows, 2), 255) for unrolled, rows, _ in tiles}
         # The rows of an input gradient's cell follow from the stride too.
         return [
             {"UNROLLED": unrolled, "maxnreg": bound} | ({} if kernel == "input_gradient" else {"ROWS": rows})
@@ -492,6 +493,8 @@ def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: i
     # A cell is a whole number of strides: of a stride above 2 it would be too large to unroll.
     unrolled = entry is not None and max(window.SH, window.SW) <= 2
     elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
+    if window.MULT > 1 or channels % 8:  # channels are read one by one: their addresses take registers too
+        rows, maxnreg = min(rows, 2), 255
     if kernel == "input_gradient" and unrolled:
         rows = max(window.SH, rows // window.SW // window.SH * window.SH)
     if L.INTERPRETED:
