@@ -74,11 +74,11 @@ def test_operators_receive_the_code_of_a_named_bank_only() -> None:
         name = "spy"
 
         def why_not(self, call: backends.Call) -> list[str]:
-            seen.append(call.geometry[G.BANK])
             return ["only looks"]
 
         def worth_it(self, call: backends.Call) -> bool:
-            return False
+            seen.append(call.geometry[G.BANK])
+            return True
 
     backends.BACKENDS.insert(0, Spy())
     try:

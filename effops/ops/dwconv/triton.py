@@ -459,7 +459,7 @@ def configs() -> dict[str, list[dict[str, Any]]]:
         entries = [e for sizes in _TABLE[kernel].values() for layouts in sizes.values() for e in layouts if e]
         tiles = {(True, rows, bound) for _, rows, bound in entries}
         tiles |= {(False, rows, bound) for layouts in _LOOPED.values() for _, rows, bound in layouts}
-        tiles |= {(unrolled, min(rows, 2), 255) for unrolled, rows, _ in tiles}
+        tiles |= {(unrolled, min(rows, most), 255) for unrolled, rows, _ in tiles for most in (1, 2)}
         # The rows of an input gradient's cell follow from the stride too.
         return [
             {"UNROLLED": unrolled, "maxnreg": bound} | ({} if kernel == "input_gradient" else {"ROWS": rows})
@@ -494,7 +494,7 @@ def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: i
     unrolled = entry is not None and max(window.SH, window.SW) <= 2
     elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
     if window.MULT > 1 or channels % 8:  # channels are read one by one: their addresses take registers too
-        rows, maxnreg = min(rows, 2), 255
+        rows, maxnreg = min(rows, 2 if window.MULT == 1 else 1), 255
     if kernel == "input_gradient" and unrolled:
         rows = max(window.SH, rows // window.SW // window.SH * window.SH)
     if L.INTERPRETED:
