@@ -741,7 +741,8 @@ def configs() -> dict[str, list[dict[str, Any]]]:
     return {
         "_forward_kernel": sums(_FORWARD),
         "_output_gradient_kernel": sums(_OUTPUT_GRADIENT),
-        "_passed_gradient_kernel": over_k,
+        # The same tiles; no problem of the check has so few pixels beside passed channels as the smallest needs.
+        "_passed_gradient_kernel": [{"BLOCK_K": k} for k in sorted({k for _, k, _ in backward})],
         "_depthwise_gradient_kernel": over_k,
         "_matrix_gradient_kernel": [{"BLOCK_M": m} for m in sorted({m for pair in _MATRIX.values() for m, *_ in pair})],
     }

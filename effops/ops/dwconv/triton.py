@@ -459,12 +459,12 @@ def configs() -> dict[str, list[dict[str, Any]]]:
         entries = [e for sizes in _TABLE[kernel].values() for layouts in sizes.values() for e in layouts if e]
         tiles = {(True, rows, bound) for _, rows, bound in entries}
         tiles |= {(False, rows, bound) for layouts in _LOOPED.values() for _, rows, bound in layouts}
-        tiles |= {(unrolled, min(rows, most), 255) for unrolled, rows, _ in tiles for most in (1, 2)}
-        # The rows of an input gradient's cell follow from the stride too.
-        return [
+        # The rows of an input gradient's cell follow from the stride too, those of channels read one by one from less.
+        listed = [
             {"UNROLLED": unrolled, "maxnreg": bound} | ({} if kernel == "input_gradient" else {"ROWS": rows})
             for unrolled, rows, bound in sorted(tiles)
         ]
+        return [*listed, {"UNROLLED": True, "maxnreg": 255}]
 
     return {
         "_forward_kernel": of("forward"),
