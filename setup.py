@@ -54,7 +54,7 @@ def stop(sentence: str) -> NoReturn:
 
 def find_compiler() -> list[str] | None:
     """The C++ compiler's command ($CXX may carry a launcher: ``CXX="ccache g++"``), or None where there is none."""
-    # g++ first: only GCC compiles the AVX2 and AVX-512 sources (csrc/cpu/args.h).
+    # g++ first: only GCC compiles the AVX2 and AVX-512 sources (csrc/cpu/table.h).
     candidates = [os.environ["CXX"]] if os.environ.get("CXX") else ["g++", "c++", "clang++"]
     for candidate in candidates:
         command = shlex.split(candidate)

@@ -99,6 +99,7 @@ StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& 
   g.pad_top = geometry[2], g.pad_left = geometry[4];
   g.dilation_h = geometry[6], g.dilation_w = geometry[7];
   g.multiplier = geometry[8];
+  g.named_bank = geometry.back();
   g.P = output_size(g.H, geometry[2], geometry[3], g.R, g.stride_h, g.dilation_h, "the height");
   g.Q = output_size(g.W, geometry[4], geometry[5], g.S, g.stride_w, g.dilation_w, "the width");
   index_t elements = 0;

@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "csrc/cpu/args.h"
+#include "csrc/cpu/table.h"
 
 namespace effops {
 

@@ -7,7 +7,7 @@
 #include <type_traits>
 #include <utility>
 
-#include "csrc/cpu/args.h"
+#include "csrc/cpu/table.h"
 #include "csrc/cpu/runtime.h"
 
 #if EFFOPS_X86_TARGETS

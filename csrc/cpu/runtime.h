@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "csrc/cpu/args.h"
+#include "csrc/cpu/table.h"
 
 namespace effops {
 

@@ -1,23 +1,15 @@
-// What crosses from the bindings (compiled once, torch headers allowed) to the kernels (compiled once per ISA, no torch
-// headers). Plain data only: the ISA translation units must not instantiate shared templates, or the linker may hand
-// their vector code to the baseline path.
+// What crosses from the bindings (torch headers allowed) to the kernels of every backend (no torch headers). Plain data
+// only: the ISA translation units of cpu/ must not instantiate shared templates, or the linker may hand their vector code
+// to the baseline path.
 #pragma once
 
 #include <cstdint>
-
-// The x86 levels are selected by GCC's target pragma; other compilers and CPUs get the baseline translation unit alone.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define EFFOPS_X86_TARGETS 1
-#else
-#define EFFOPS_X86_TARGETS 0
-#endif
 
 namespace effops {
 
 using index_t = std::int64_t;
 
-enum class DType : int { f32 = 0, bf16 = 1, f64 = 2 };
-constexpr int kNumDTypes = 3;
+enum class DType : int { f32 = 0, bf16 = 1, f64 = 2, f16 = 3 };
 
 // The order is effops.ops.epilogue.ACTIVATIONS.
 enum class Activation : int { none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu };
@@ -61,6 +53,7 @@ struct DepthwiseGeometry {
   index_t R, S;
   index_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   index_t multiplier, bank;
+  index_t named_bank = 0;  // 0, or 1 + the place in effops/ops/dwconv/banks.py of the bank whose values the weight holds
   index_t out_channels() const { return C * multiplier; }
 };
 
@@ -130,17 +123,6 @@ struct DsconvBackwardArgs {
   void* grad_dw_weight = nullptr;
   void* grad_pw_weight = nullptr;  // [K, Cz] contiguous
   EpilogueGrads dw_grads, pw_grads;
-};
-
-// One per ISA; the arrays are indexed by DType.
-struct KernelTable {
-  const char* isa;
-  void (*dwconv_fwd[kNumDTypes])(const DwconvForwardArgs&);
-  void (*dwconv_bwd[kNumDTypes])(const DwconvBackwardArgs&);
-  void (*dwconv_stats[kNumDTypes])(const DwconvStatsArgs&);
-  void (*dwconv_stats_bwd[kNumDTypes])(const DwconvStatsBackwardArgs&);
-  void (*dsconv_fwd[kNumDTypes])(const DsconvForwardArgs&);
-  void (*dsconv_bwd[kNumDTypes])(const DsconvBackwardArgs&);
 };
 
 }  // namespace effops
