@@ -53,7 +53,7 @@ struct DepthwiseGeometry {
   index_t R, S;
   index_t stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   index_t multiplier, bank;
-  index_t named_bank = 0;  // 0, or 1 + the place in effops/ops/dwconv/banks.py of the bank whose values the weight holds
+  index_t named_bank = 0;  // 0, or 1 + the place of a bank in effops/ops/dwconv/banks.py whose values the weight holds
   index_t out_channels() const { return C * multiplier; }
 };
 
