@@ -22,6 +22,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -349,15 +350,19 @@ def by_coverage(rows: list[Row], part: int = 0, parts: int = 1) -> list[int]:
     """The rows' numbers in the order in which to compile them, however many there will be time for.
 
     One of every kernel, one of every kernel and config, one of each with every dtype, with every layout, the rest. Of
-    several parts, which between them see every kernel and config, each has its share of these first.
+    several parts each begins with its share of kernels and configs; together they see as much as one of all their time.
     """
     firsts: dict[tuple[str, ...], int] = {}  # of every key, cut at every length, the first row
     for number, row in enumerate(rows):
         for length in range(1, len(row.key) + 1):
             firsts.setdefault(row.key[:length], number)
-    kernels, pairs, *finer = ([n for key, n in firsts.items() if len(key) == length] for length in range(1, 6))
-    share = pairs[part::parts] if parts > 1 else []
-    return list(dict.fromkeys(number for numbers in (share, kernels, pairs, *finer) for number in numbers))
+    by_kernel: dict[str, list[int]] = {}
+    for key, number in firsts.items():
+        if len(key) == 2:
+            by_kernel.setdefault(key[0], []).append(number)
+    pairs = [number for turn in zip_longest(*by_kernel.values()) for number in turn if number is not None]
+    finer = [number for length in (3, 4, 5) for key, number in firsts.items() if len(key) == length]
+    return list(dict.fromkeys([*pairs[part::parts], *pairs, *finer]))
 
 
 def configs_of(kernels: Iterable[Any]) -> Configs:

@@ -30,11 +30,16 @@ def _median_us(fn: Callable[[], object], clock: Clock, effort: Effort) -> float:
     return statistics.median(warm_samples(fn, clock, calls_per_sample(fn, clock, effort), effort.samples))
 
 
+def _four_digits(value: float) -> float:
+    """Significant ones: a rehearsal on a slow CPU is far below what a fixed number of decimals shows."""
+    return float(f"{value:.4g}")
+
+
 def _copy(clock: Clock, effort: Effort, size: int) -> float:
     source = torch.randint(0, 127, (size,), dtype=torch.int8, device=clock.device)
     target = torch.empty_like(source)
     us = _median_us(lambda: target.copy_(source), clock, effort)
-    return round(2 * size / us / 1e3, 1)
+    return _four_digits(2 * size / us / 1e3)
 
 
 def _matmul(clock: Clock, effort: Effort, precision: str, size: int) -> float:
@@ -43,4 +48,4 @@ def _matmul(clock: Clock, effort: Effort, precision: str, size: int) -> float:
     a, b = (torch.randn(size, size, device=clock.device).to(dtype) for _ in range(2))
     out = torch.empty(size, size, device=clock.device, dtype=dtype)
     us = _median_us(lambda: torch.matmul(a, b, out=out), clock, effort)
-    return round(2 * size**3 / us / 1e6, 2)
+    return _four_digits(2 * size**3 / us / 1e6)

@@ -180,18 +180,10 @@ def block_of(block, SIZE: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
-def channels_of(block, sizes, SIZE: tl.constexpr, VEC: tl.constexpr):
-    """Channels of a block, and which exist."""
-    o = block * SIZE + tl.arange(0, SIZE)
-    return o, o < sizes.D // VEC * VEC  # a hint that D is a multiple of VEC would be folded away
-
-
-@triton.jit
-def pixels_of(m, sizes):
-    """Pixel numbers as (n, p, q)."""
-    q = m % sizes.Q
-    rows = m // sizes.Q
-    return rows // sizes.P, rows % sizes.P, q
+def channels_of(block, COUNT, SIZE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr):
+    """Channels of a block of [0, COUNT), and which exist."""
+    o = block_of(block, SIZE, WIDE)
+    return o, o < COUNT // VEC * VEC  # a hint that COUNT is a multiple of VEC would be folded away
 
 
 @triton.jit
@@ -315,7 +307,7 @@ def tap_vector(weight, o, live, tap, WINDOW: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def packed_tap_vector(weight, o, live, tap, sizes, VEC: tl.constexpr, ACC: tl.constexpr):
-    """The same from a bank packed by `triton_launch.pack_bank`: channels lie side by side, as in the map."""
+    """The same from a bank packed by `triton_launch.bank_of`: channels lie side by side, as in the map."""
     row = tl.multiple_of(tap * sizes.D, VEC)
     return tl.load(weight + (row + o), mask=live, other=0.0).to(ACC)
 

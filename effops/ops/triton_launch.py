@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from effops.ops import geometry as G
@@ -166,16 +165,6 @@ class Config(NamedTuple):
     num_warps: int
     num_stages: int
     maxnreg: int | None = None  # bound on a thread's registers; None leaves it to the assembler
-
-
-def architecture(x: Tensor) -> int:
-    """Compute capability of the tensor's device as Triton numbers it: 80, 90, 100; 0 for the interpreter."""
-    if INTERPRETED:
-        return 0
-    if x.device.type == "meta":  # compiling without a device: see Launch
-        return triton.runtime.driver.active.get_current_target().arch
-    major, minor = torch.cuda.get_device_capability(x.device)
-    return 10 * major + minor
 
 
 class Launch(NamedTuple):

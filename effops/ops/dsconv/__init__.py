@@ -79,21 +79,12 @@ def _dsconv_norm_bwd(
     return fake_gradients(tensors, _IMAGES, geometry, mask)
 
 
-@register_flop_formula(_ops.dsconv_norm_fwd)
-def _dsconv_norm_fwd_flops(
-    input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
-    pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps, out_shape=None,
-):  # fmt: skip
-    n, _, p, q = out_shape[1]
-    return depthwise_flops(input, dw_weight, geometry) + 2 * n * pw_weight[0] * pw_weight[1] * p * q
-
-
-@register_flop_formula([_ops.dsconv_fwd, _ops.dsconv_fwd_triton])
+@register_flop_formula([_ops.dsconv_fwd, _ops.dsconv_fwd_triton, _ops.dsconv_norm_fwd])
 def _dsconv_fwd_flops(
     input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
-    pw_weight, bias, scale, shift, residual, geometry, slopes, out_shape=None,
+    pw_weight, bias, scale, shift, residual, geometry, slopes, eps=None, *, out_shape,
 ):  # fmt: skip
-    n, _, p, q = out_shape
+    n, _, p, q = out_shape if eps is None else out_shape[0]  # with a norm there are the statistics beside the output
     return depthwise_flops(input, dw_weight, geometry) + 2 * n * pw_weight[0] * pw_weight[1] * p * q
 
 
@@ -174,7 +165,7 @@ class DSConvNorm2dFunction(KernelFunction):
 
     Call it as `DSConvNorm2dFunction.apply(input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, norm_weight, norm_bias, residual, geometry, slopes, eps, backend)`. It checks nothing:
-    `effops.functional.ds_conv_norm2d` is the checked door to it.
+    `effops.functional.ds_conv2d(..., batch_norm=...)` is the checked door to it.
 
     Args:
         norm_weight, norm_bias: [K] or None (ones, zeros).
@@ -220,7 +211,7 @@ class DSConvNorm2dFunction(KernelFunction):
         if pass_residual:
             needs[_RESIDUAL] = False
         if torch.is_grad_enabled():
-            reference = _norm_reference(geometry, slopes, eps)
+            reference = _reference(geometry, slopes, eps)
             gradients = reference_gradients(reference, tensors, needs, (grad_output,))
         else:
             head = (grad_output, activated, mean, var)
@@ -230,34 +221,22 @@ class DSConvNorm2dFunction(KernelFunction):
         return (*gradients, None, None, None, None)
 
 
-def _reference(geometry, slopes):
+def _reference(geometry, slopes, eps=None):
+    """The operator in plain torch, a function of its 12 tensors; with `eps`, the one with the batch norm."""
+
     def run(
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, bias, scale, shift, residual,
     ):  # fmt: skip
+        norm = None
+        if eps is not None:
+            norm, scale, shift = BatchNorm(scale, shift, eps=eps), None, None
         dw_epilogue = Epilogue(
             dw_bias, dw_scale, dw_shift, dw_residual, geometry[G.ACTIVATION], geometry[G.POST_ACTIVATION], slopes[0]
         )
         epilogue = Epilogue(
             bias, scale, shift, residual, geometry[G.PW_ACTIVATION], geometry[G.PW_POST_ACTIVATION], slopes[1]
         )
-        return reference.dsconv(input, passthrough, dw_weight, dw_epilogue, pw_weight, epilogue, geometry)
-
-    return run
-
-
-def _norm_reference(geometry, slopes, eps):
-    def run(
-        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
-        pw_weight, bias, norm_weight, norm_bias, residual,
-    ):  # fmt: skip
-        dw_epilogue = Epilogue(
-            dw_bias, dw_scale, dw_shift, dw_residual, geometry[G.ACTIVATION], geometry[G.POST_ACTIVATION], slopes[0]
-        )
-        epilogue = Epilogue(
-            bias, None, None, residual, geometry[G.PW_ACTIVATION], geometry[G.PW_POST_ACTIVATION], slopes[1]
-        )
-        norm = BatchNorm(norm_weight, norm_bias, eps=eps)
         return reference.dsconv(input, passthrough, dw_weight, dw_epilogue, pw_weight, epilogue, geometry, norm)
 
     return run

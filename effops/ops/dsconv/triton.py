@@ -62,6 +62,7 @@ from effops.ops.triton_device import (
     Window,
     accumulator,
     block_of,
+    channels_of,
     depthwise_tile,
     epilogue,
     epilogue_gradient,
@@ -111,12 +112,22 @@ class Vectors(NamedTuple):
 
 
 @triton.jit
-def _channels(block, COUNT, SIZE: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr):
-    """Channels of a block of [0, COUNT), and which exist."""
-    c = block * SIZE + tl.arange(0, SIZE)
-    if WIDE:
-        c = c.to(tl.int64)
-    return c, c < COUNT // VEC * VEC  # a hint that COUNT is a multiple of VEC would be folded away
+def _own_tile(
+    COUNT, sizes,
+    STRIP: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """This program's pixels and its channels, of COUNT; blocks of channels of the same pixels are neighbours.
+
+    Returns:
+        Numbers of the blocks of pixels and of channels; n, p, q and which exist; channels and which exist.
+    """
+    blocks = tl.cdiv(COUNT, BLOCK_C)
+    row = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    m = block_of(row, BLOCK_M, WIDE)
+    n, p, q = strip_pixels_of(m, sizes, STRIP)
+    c, live = channels_of(block, COUNT, BLOCK_C, WIDE, VEC)
+    return row, block, n, p, q, m < sizes.M, c, live
 
 
 @triton.jit
@@ -162,7 +173,7 @@ def _pointwise_sums(
     acc = tl.zeros((n.shape[0], k.shape[0]), accumulator(x.data.dtype.element_ty))
     if passed.data is not None:
         for block in range(tl.cdiv(pw.PASSED, BLOCK_C)):
-            c, live = _channels(block, pw.PASSED, BLOCK_C, WIDE, VEC.C)
+            c, live = channels_of(block, pw.PASSED, BLOCK_C, WIDE, VEC.C)
             z = load_tile(passed, n, p, q, c, inside[:, None] & live[None, :], VEC.C)
             if kept is not None:
                 pointers, is_kept = _kept_pointers(kept, n, p, q, c, VEC.KEPT)
@@ -170,7 +181,7 @@ def _pointwise_sums(
             w = tl.trans(_matrix_tile(pw, k, c, 0, pw.PASSED, VEC.MATRIX))
             acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     for block in range(tl.cdiv(sizes.D, BLOCK_C)):
-        c, live = _channels(block, sizes.D, BLOCK_C, WIDE, VEC.C)
+        c, live = channels_of(block, sizes.D, BLOCK_C, WIDE, VEC.C)
         z = _depthwise_result(
             x, bank, dw_affine, dw_residual, n, p, q, inside, c, live, sizes, WINDOW, CHAIN, VEC.C
         )  # fmt: skip
@@ -191,12 +202,7 @@ def _forward_kernel(
     WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     STRIP: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    k_blocks = tl.cdiv(pw.K, BLOCK_K)
-    k_block = tl.program_id(0) % k_blocks
-    m = block_of(tl.program_id(0) // k_blocks, BLOCK_M, WIDE)
-    inside = m < sizes.M
-    n, p, q = strip_pixels_of(m, sizes, STRIP)
-    k, live = _channels(k_block, pw.K, BLOCK_K, WIDE, VEC.K)
+    _, k_block, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     keeping = tl.where(k_block == 0, inside, False)  # `inside & (k_block == 0)` is no mask to 3.9's interpreter
     acc = _pointwise_sums(
         x, bank, dw_affine, dw_residual, passed, pw, kept, keeping, n, p, q, inside, k, sizes,
@@ -227,12 +233,7 @@ def _output_gradient_kernel(
     STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    k_blocks = tl.cdiv(pw.K, BLOCK_K)
-    row = tl.program_id(0) // k_blocks
-    m = block_of(row, BLOCK_M, WIDE)
-    inside = m < sizes.M
-    n, p, q = strip_pixels_of(m, sizes, STRIP)
-    k, live = _channels(tl.program_id(0) % k_blocks, pw.K, BLOCK_K, WIDE, VEC.K)
+    row, _, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     mask = inside[:, None] & live[None, :]
     u = None
     if RECOMPUTE:
@@ -265,7 +266,7 @@ def _z_gradient(
     """The gradient of z[pixel, first + c]: sum over k of du[pixel, k] * matrix[k, first + c], and of its kept copy."""
     acc = tl.zeros((n.shape[0], c.shape[0]), accumulator(du.data.dtype.element_ty))
     for block in range(tl.cdiv(pw.K, BLOCK_K)):
-        k, live_k = _channels(block, pw.K, BLOCK_K, WIDE, VEC.K)
+        k, live_k = channels_of(block, pw.K, BLOCK_K, WIDE, VEC.K)
         g = load_tile(du, n, p, q, k, inside[:, None] & live_k[None, :], VEC.K)
         w = _matrix_tile(pw, k, c, first, count, VEC.MATRIX)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
@@ -281,11 +282,7 @@ def _passed_gradient_kernel(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, STRIP: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    c_blocks = tl.cdiv(pw.PASSED, BLOCK_C)
-    m = block_of(tl.program_id(0) // c_blocks, BLOCK_M, WIDE)
-    inside = m < sizes.M
-    n, p, q = strip_pixels_of(m, sizes, STRIP)
-    c, live = _channels(tl.program_id(0) % c_blocks, pw.PASSED, BLOCK_C, WIDE, VEC.C)
+    _, _, n, p, q, inside, c, live = _own_tile(pw.PASSED, sizes, STRIP, WIDE, VEC.C, BLOCK_M, BLOCK_C)
     g = _z_gradient(du, pw, kept, n, p, q, inside, c, live, 0, pw.PASSED, PRECISION, WIDE, VEC, BLOCK_K)
     store_tile(passed_grad, n, p, q, c, g, inside[:, None] & live[None, :], VEC.C)
 
@@ -297,12 +294,7 @@ def _depthwise_gradient_kernel(
     STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    c_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    row = tl.program_id(0) // c_blocks
-    m = block_of(row, BLOCK_M, WIDE)
-    inside = m < sizes.M
-    n, p, q = strip_pixels_of(m, sizes, STRIP)
-    o, live = _channels(tl.program_id(0) % c_blocks, sizes.D, BLOCK_C, WIDE, VEC.C)
+    row, _, n, p, q, inside, o, live = _own_tile(sizes.D, sizes, STRIP, WIDE, VEC.C, BLOCK_M, BLOCK_C)
     mask = inside[:, None] & live[None, :]
     g = _z_gradient(du, pw, kept, n, p, q, inside, o, live, pw.PASSED, sizes.D, PRECISION, WIDE, VEC, BLOCK_K)
     u = None
@@ -335,8 +327,8 @@ def _matrix_gradient_kernel(
     k_blocks = tl.cdiv(pw.K, BLOCK_K)
     c_blocks = tl.cdiv(count, BLOCK_C)
     part = tl.program_id(0) // (k_blocks * c_blocks)
-    k, live_k = _channels(tl.program_id(0) % k_blocks, pw.K, BLOCK_K, WIDE, VEC.K)
-    c, live = _channels(tl.program_id(0) // k_blocks % c_blocks, count, BLOCK_C, WIDE, VEC.C)
+    k, live_k = channels_of(tl.program_id(0) % k_blocks, pw.K, BLOCK_K, WIDE, VEC.K)
+    c, live = channels_of(tl.program_id(0) // k_blocks % c_blocks, count, BLOCK_C, WIDE, VEC.C)
     acc = tl.zeros((BLOCK_K, BLOCK_C), accumulator(x.data.dtype.element_ty))
     for step in range(steps):
         m = block_of(part * steps + step, BLOCK_M, WIDE)
@@ -574,7 +566,7 @@ def _passed_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: 
     if grad is None:
         return
     vectors = _vectors(layer, (grad,), (du,), grad_output)
-    config = backward_config(layer, layer.passed)
+    config = backward_config(layer, layer.passed, vectors.C)
     constants = _constants(layer, (grad_output, du), config.BLOCK_M)
     del constants["WINDOW"], constants["DW_CHAIN"]
     L.launch(
@@ -595,7 +587,7 @@ def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradient
     residual = layer.dw_residual if chain.POST != NONE else None
     recompute = gradients.wants(_DW_SCALE) or not chain.ACT == chain.POST == NONE
     vectors = _vectors(layer, (sums_grad, residual_grad), (du,), grad_output)
-    config = backward_config(layer, layer.sizes.D)
+    config = backward_config(layer, layer.sizes.D, vectors.C)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_DW_BIAS, rows)
     L.launch(
@@ -784,11 +776,12 @@ _BACKWARD = {
 }
 
 
-def backward_config(layer: _Layer, channels: int) -> L.Config:
+def backward_config(layer: _Layer, channels: int, vec: int) -> L.Config:
     """As `pointwise_config`, for a kernel whose programs own a block of `channels`, each summing over all K."""
     if L.INTERPRETED:
         return L.Config(64, 32, 64, 4, 1)
     for m, (c, k, warps, stages) in _BACKWARD[_kind(layer.input)].items():
+        c = min(c, 32) if vec == 1 else c  # channels are read one by one: their addresses take registers too
         config = L.Config(m, min(c, max(triton.next_power_of_2(channels), 16)), k, warps, stages, 255)
         if triton.cdiv(layer.sizes.M, m) * triton.cdiv(channels, config.BLOCK_C) >= L.processors(layer.input):
             break

@@ -69,6 +69,19 @@ from effops.ops.triton_sum import partials, sum_partials
 
 
 @triton.jit
+def _own_cells(
+    sizes, cells, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """First pixels (n, p, q) of this program's cells, which cells exist, its channels, which exist."""
+    channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
+    m = block_of(tl.program_id(0) // channel_blocks, BLOCK_M, WIDE)
+    n, p, q = cells_of(m, sizes, ROWS, COLS)
+    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
+    return n, p, q, m < cells, o, live
+
+
+@triton.jit
 def _sums(
     x, weight, n, p, q, inside, o, live, sizes,
     WINDOW: tl.constexpr, ROWS: tl.constexpr, UNROLLED: tl.constexpr, VEC: tl.constexpr,
@@ -95,11 +108,7 @@ def _forward_kernel(
     WINDOW: tl.constexpr, CHAIN: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     UNROLLED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    m = block_of(tl.program_id(0) // channel_blocks, BLOCK_M, WIDE)
-    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes, BLOCK_C, VEC)
-    inside = m < cells
-    n, p, q = cells_of(m, sizes, ROWS, 1)
+    n, p, q, inside, o, live = _own_cells(sizes, cells, ROWS, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = _sums(x, weight, n, p, q, inside, o, live, sizes, WINDOW, ROWS, UNROLLED, VEC)
     for i in tl.static_range(ROWS):
         mask = (inside & (p + i < sizes.P))[:, None] & live[None, :]
@@ -143,11 +152,7 @@ def _input_gradient_kernel(
 ):  # fmt: skip
     # sizes: H and W are those of the sums, P and Q those of the input, D the input's channels.
     multiplier: tl.constexpr = WINDOW.MULT
-    channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    m = block_of(tl.program_id(0) // channel_blocks, BLOCK_M, WIDE)
-    c, live = channels_of(tl.program_id(0) % channel_blocks, sizes, BLOCK_C, VEC)
-    inside = m < cells
-    n, h, w = cells_of(m, sizes, ROWS, COLS)
+    n, h, w, inside, c, live = _own_cells(sizes, cells, ROWS, COLS, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = zero_tiles(ROWS * COLS, BLOCK_M, BLOCK_C, accumulator(dx.data.dtype.element_ty))
     if UNROLLED:
         for j in range(multiplier):
@@ -220,7 +225,7 @@ def _weight_gradient_kernel(
     taps: tl.constexpr = WINDOW.R * WINDOW.S
     channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
     groups: tl.constexpr = tl.cdiv(taps, GROUP)
-    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes, BLOCK_C, VEC)
+    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
     first = tl.program_id(0) // channel_blocks % groups * GROUP
     block = tl.program_id(0) // channel_blocks // groups
     sums = zero_tiles(GROUP, BLOCK_M, BLOCK_C, partial.dtype.element_ty)
@@ -256,7 +261,7 @@ def _epilogue_gradient_kernel(
 ):  # fmt: skip
     acc: tl.constexpr = accumulator(x.data.dtype.element_ty)
     channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes, BLOCK_C, VEC)
+    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
     block = tl.program_id(0) // channel_blocks
     zero = tl.zeros((BLOCK_C,), acc)
     totals = Affine(zero, zero, zero)
@@ -312,7 +317,7 @@ def _statistics_kernel(
     """
     acc: tl.constexpr = accumulator(x.data.dtype.element_ty)
     channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes, BLOCK_C, VEC)
+    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
     block = tl.program_id(0) // channel_blocks
     count = tl.zeros((1,), tl.float64)
     mean = tl.zeros((BLOCK_C,), tl.float64)
@@ -387,11 +392,7 @@ def _statistics_gradient_kernel(
 ):  # fmt: skip
     """du = (grad_mean + 2 grad_var (u - mean)) / pixels."""
     acc: tl.constexpr = mean.dtype.element_ty
-    channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    m = block_of(tl.program_id(0) // channel_blocks, BLOCK_M, WIDE)
-    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes, BLOCK_C, VEC)
-    inside = m < cells
-    n, p, q = cells_of(m, sizes, ROWS, 1)
+    n, p, q, inside, o, live = _own_cells(sizes, cells, ROWS, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = _sums(x, weight, n, p, q, inside, o, live, sizes, WINDOW, ROWS, UNROLLED, VEC)
     centre = load_vector(mean, o, live, acc)
     if bias is not None:
@@ -428,7 +429,7 @@ class Tile(NamedTuple):
 # The shipped table: kernel -> {taps at most: {bytes of an element: (channels_last, NCHW)}}. An entry is (elements of a
 # row of a cell a thread, rows of a cell, bound on registers); None, and every larger window, is a loop over the taps.
 # Forward, statistics and gradients at the sums keep elements x rows sums a thread, the weight's gradient elements x
-# taps. One table for sm_80, sm_90 and sm_100, with bounds at which none of them spills.
+# taps. One table for sm_80, sm_90 and sm_100, with bounds at which none of them spills with 32-bit offsets.
 _MEDIUM = {2: (None, (2, 2, 128)), 4: (None, (2, 2, 128)), 8: (None, (1, 2, 168))}
 _SMALL = {2: ((8, 4, 200), (2, 4, 128)), 4: ((4, 4, 168), (2, 4, 128)), 8: ((2, 4, 168), (1, 4, 128))}
 # The running moments stand beside the sums, or the epilogue's vectors.
@@ -464,7 +465,7 @@ def configs() -> dict[str, list[dict[str, Any]]]:
             {"UNROLLED": unrolled, "maxnreg": bound} | ({} if kernel == "input_gradient" else {"ROWS": rows})
             for unrolled, rows, bound in sorted(tiles)
         ]
-        return [*listed, {"UNROLLED": True, "maxnreg": 255}]
+        return [*listed, *({"UNROLLED": unrolled, "maxnreg": 255} for unrolled in (True, False))]
 
     return {
         "_forward_kernel": of("forward"),
@@ -477,14 +478,15 @@ def configs() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: int) -> Tile:
-    """The configuration of a kernel by dtype, layout, window and channels.
+def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: int, wide: bool) -> Tile:
+    """The configuration of a kernel by dtype, layout, window, channels and offsets.
 
     Args:
         kernel: a key of the table.
-        x: its dtype and device count.
+        x: a map; only its dtype is read.
         channels: of the tiles.
         channels_last: whether a thread's neighbours are channels or pixels.
+        wide: whether offsets are 64-bit, which takes registers.
     """
     entries, taps = _TABLE[kernel], window.R * window.S
     limit = min((most for most in entries if taps <= most), default=None)
@@ -495,6 +497,8 @@ def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: i
     elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
     if window.MULT > 1 or channels % 8:  # channels are read one by one: their addresses take registers too
         rows, maxnreg = min(rows, 2 if window.MULT == 1 else 1), 255
+    if wide:
+        rows, maxnreg = max(1, rows // 2), 255
     if kernel == "input_gradient" and unrolled:
         rows = max(window.SH, rows // window.SW // window.SH * window.SH)
     if L.INTERPRETED:
@@ -519,14 +523,15 @@ def dwconv_fwd(
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)
     output = fake_output(input, (input.shape[0], sizes.D, sizes.P, sizes.Q), geometry)
     maps = (input, residual, output)
-    t = tile("forward", input, sizes.D, window, geometry[G.CHANNELS_LAST])
+    wide = L.needs_wide(maps, sizes, window)
+    t = tile("forward", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
     cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
     vec = L.vector_width(maps, (input.shape[1], sizes.D))
     bank, window = L.bank_of(weight, window, sizes, vec)
     L.launch(
         _forward_kernel, triton.cdiv(cells, t.BLOCK_M) * triton.cdiv(sizes.D, t.BLOCK_C), input,
         L.as_map(input), bank, L.affine(bias, scale, shift), L.as_map(residual), L.as_map(output), sizes, cells,
-        WINDOW=window, CHAIN=L.depthwise_chain(geometry, slope), WIDE=L.needs_wide(maps, sizes, window), VEC=vec,
+        WINDOW=window, CHAIN=L.depthwise_chain(geometry, slope), WIDE=wide, VEC=vec,
         **t._asdict(),
     )  # fmt: skip
     return output
@@ -549,18 +554,18 @@ def input_gradient(grad: Tensor, weight: Tensor, input: Tensor, geometry: list[i
     window = L.window_of(weight, geometry)
     dx = fake_output(input, input.shape, geometry)
     sizes = Sizes(grad.shape[2], grad.shape[3], h, w, n * h * w, c)
-    t = tile("input_gradient", grad, c, window, geometry[G.CHANNELS_LAST])
+    maps = (grad, dx)
+    wide = L.needs_wide(maps, sizes, window)
+    t = tile("input_gradient", grad, c, window, geometry[G.CHANNELS_LAST], wide)
     cols = window.SW if t.UNROLLED else 1
     cells = _cells(n, h, w, t.ROWS, cols)
-    maps = (grad, dx)
     vec = L.vector_width(maps, (c, grad.shape[1]))
     packs = t.UNROLLED and window.MULT == 1  # else the taps of a thread's channels do not lie side by side
     bank, window = L.bank_of(weight, window, sizes, vec if packs else 1)
     L.launch(
         _input_gradient_kernel, triton.cdiv(cells, t.BLOCK_M) * triton.cdiv(c, t.BLOCK_C), input,
         L.as_map(grad), bank, L.as_map(dx), sizes, cells,
-        WINDOW=window, WIDE=L.needs_wide(maps, sizes, window), VEC=vec,
-        COLS=cols, **t._asdict(),
+        WINDOW=window, WIDE=wide, VEC=vec, COLS=cols, **t._asdict(),
     )  # fmt: skip
     return dx
 
@@ -579,7 +584,9 @@ def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: list[
         float32 (float64 for float64), rounded once.
     """
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)._replace(TAPS=None)
-    t = tile("weight_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST])
+    maps = (grad, input)
+    wide = L.needs_wide(maps, sizes, window)
+    t = tile("weight_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
     taps = window.R * window.S
     group = taps if t.UNROLLED else 8
     cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
@@ -587,11 +594,10 @@ def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: list[
     steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
     blocks = triton.cdiv(cells, t.BLOCK_M * steps)
     partial = partials(input, blocks, taps, sizes.D)
-    maps = (grad, input)
     L.launch(
         _weight_gradient_kernel, blocks * triton.cdiv(taps, group) * channel_blocks, input,
         L.as_map(grad), L.as_map(input), partial, sizes, cells, steps,
-        WINDOW=window, WIDE=L.needs_wide(maps, sizes, window), VEC=L.vector_width(maps, (input.shape[1], sizes.D)),
+        WINDOW=window, WIDE=wide, VEC=L.vector_width(maps, (input.shape[1], sizes.D)),
         GROUP=group, **t._asdict(),
     )  # fmt: skip
     return sum_partials(partial, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
@@ -617,24 +623,25 @@ def _epilogue_gradient(
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)
     chain = L.depthwise_chain(geometry, slope)
     recompute = output is None and (chain.ACT != NONE or chain.POST != NONE or wanted[2])
-    t = tile("epilogue_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST])
+    shape = (input.shape[0], sizes.D, sizes.P, sizes.Q)
+    du = fake_output(input, shape, geometry) if wanted[0] else None
+    grad_residual = fake_output(residual, shape, geometry) if wanted[4] else None
+    maps = (grad, output, input, residual if chain.POST != NONE else None, du, grad_residual)
+    wide = L.needs_wide(maps, sizes, window)
+    t = tile("epilogue_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
     if not recompute:
         t = t._replace(ROWS=1)
     cells, channel_blocks = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1), triton.cdiv(sizes.D, t.BLOCK_C)
     steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
     blocks = triton.cdiv(cells, t.BLOCK_M * steps)
-    shape = (input.shape[0], sizes.D, sizes.P, sizes.Q)
-    du = fake_output(input, shape, geometry) if wanted[0] else None
-    grad_residual = fake_output(residual, shape, geometry) if wanted[4] else None
     partial = [partials(input, blocks, 1, sizes.D) if want else None for want in wanted[1:4]]
-    maps = (grad, output, input, residual if chain.POST != NONE else None, du, grad_residual)
     vec = L.vector_width(maps, (input.shape[1], sizes.D))
     bank, window = L.bank_of(weight, window, sizes, vec if recompute else 1)
     L.launch(
         _epilogue_gradient_kernel, blocks * channel_blocks, input,
         L.as_map(grad), L.as_map(output), L.as_map(input), bank, L.affine(*vectors), L.as_map(maps[3]),
         L.as_map(du), L.as_map(grad_residual), Affine(*partial), sizes, cells, steps,
-        WINDOW=window, CHAIN=chain, RECOMPUTE=recompute, WIDE=L.needs_wide(maps, sizes, window), VEC=vec,
+        WINDOW=window, CHAIN=chain, RECOMPUTE=recompute, WIDE=wide, VEC=vec,
         **t._asdict(),
     )  # fmt: skip
     sums = [
@@ -670,7 +677,8 @@ def dwconv_bwd(
 def dwconv_stats(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: list[int]) -> tuple[Tensor, Tensor]:
     """The operator `dwconv_stats` of schemas.inc."""
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)
-    t = tile("statistics", input, sizes.D, window, geometry[G.CHANNELS_LAST])
+    wide = L.needs_wide((input,), sizes, window)
+    t = tile("statistics", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
     cells, channel_blocks = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1), triton.cdiv(sizes.D, t.BLOCK_C)
     steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
     blocks = triton.cdiv(cells, t.BLOCK_M * steps)
@@ -680,7 +688,7 @@ def dwconv_stats(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: l
     L.launch(
         _statistics_kernel, blocks * channel_blocks, input,
         L.as_map(input), bank, L.vector(bias), counts, means, squares, sizes, cells, steps,
-        WINDOW=window, WIDE=L.needs_wide((input,), sizes, window), VEC=vec, **t._asdict(),
+        WINDOW=window, WIDE=wide, VEC=vec, **t._asdict(),
     )  # fmt: skip
     dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
     mean = torch.empty(sizes.D, dtype=dtype, device=input.device)
@@ -720,15 +728,16 @@ def _statistics_gradient(
         (input.shape[0], sizes.D, sizes.P, sizes.Q), dtype=mean.dtype, device=input.device,
         memory_format=G.memory_format(geometry[G.CHANNELS_LAST]),
     )  # fmt: skip
-    t = tile("forward", input, sizes.D, window, geometry[G.CHANNELS_LAST])
-    cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
     maps = (input, du)
+    wide = L.needs_wide(maps, sizes, window)
+    t = tile("forward", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
+    cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
     vec = L.vector_width(maps, (input.shape[1], sizes.D))
     bank, window = L.bank_of(weight, window, sizes, vec)
     L.launch(
         _statistics_gradient_kernel, triton.cdiv(cells, t.BLOCK_M) * triton.cdiv(sizes.D, t.BLOCK_C), input,
         L.vector(grad_mean), L.vector(grad_var), L.vector(mean), L.as_map(input), bank, L.vector(bias), L.as_map(du),
         sizes, cells, sizes.M,
-        WINDOW=window, WIDE=L.needs_wide(maps, sizes, window), VEC=vec, **t._asdict(),
+        WINDOW=window, WIDE=wide, VEC=vec, **t._asdict(),
     )  # fmt: skip
     return du
