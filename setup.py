@@ -221,7 +221,11 @@ class PlatformWheel(bdist_wheel):
 
 
 def kernel_sources() -> list[str]:
-    found = [*ROOT.glob("csrc/library.cpp"), *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+    found = [
+        *ROOT.glob("csrc/library.cpp"),
+        *sorted(ROOT.glob("csrc/bindings/*.cpp")),
+        *sorted(ROOT.glob("csrc/cpu/*.cpp")),
+    ]
     return [path.relative_to(ROOT).as_posix() for path in found]
 
 

@@ -2,7 +2,7 @@
 // values that the call is the cost, and one instruction set will do.
 #include <cmath>
 
-#include "csrc/cpu/binding.h"
+#include "csrc/bindings/binding.h"
 
 namespace effops {
 namespace {

@@ -273,6 +273,8 @@ C* channel_vector(Arena& arena, const ChannelRef& source, index_t channels) {
       case DType::f64:
         result[i] = static_cast<C>(static_cast<const double*>(source.data)[i * source.stride]);
         break;
+      case DType::f16:  // the bindings let none through to the CPU
+        break;
     }
   }
   for (index_t i = channels; i < padded; ++i) result[i] = 0;
@@ -291,6 +293,8 @@ void write_channel_vector(const C* values, index_t channels, void* destination, 
         break;
       case DType::f64:
         static_cast<double*>(destination)[i] = values[i];
+        break;
+      case DType::f16:
         break;
     }
   }

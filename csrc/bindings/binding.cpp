@@ -1,4 +1,4 @@
-#include "csrc/cpu/binding.h"
+#include "csrc/bindings/binding.h"
 
 #include <array>
 #include <limits>
@@ -14,23 +14,38 @@ DType dtype_of(const Tensor& tensor, const char* name) {
       return DType::bf16;
     case ScalarType::Double:
       return DType::f64;
+    case ScalarType::Half:
+      return DType::f16;
     default:
-      STD_TORCH_CHECK(false, "effops: ", name, " must be float32, bfloat16 or float64 on the CPU");
+      STD_TORCH_CHECK(false, "effops: ", name, " must be float32, float16, bfloat16 or float64");
   }
 }
 
-void check_map(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(tensor.is_cpu(), "effops: ", name, " must be on the CPU");
-  STD_TORCH_CHECK(tensor.dim() == 4, "effops: ", name, " must have 4 dimensions (N, C, H, W), got ", tensor.dim());
-  dtype_of(tensor, name);
+namespace {
+
+std::int32_t device_type(const Tensor& tensor) {
+  std::int32_t type = 0;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+  return type;
 }
 
-void check_same_dtype(const Tensor& tensor, const Tensor& input, const char* name) {
+}  // namespace
+
+void check_device(const Tensor& tensor, const Tensor& input, const char* name) {
+  STD_TORCH_CHECK(device_type(tensor) == device_type(input) && tensor.get_device_index() == input.get_device_index(),
+                  "effops: ", name, " must be on the device of input");
+}
+
+void check_map(const Tensor& tensor, const Tensor& input, const char* name) {
+  check_device(tensor, input, name);
+  STD_TORCH_CHECK(tensor.dim() == 4, "effops: ", name, " must have 4 dimensions (N, C, H, W), got ", tensor.dim());
+  dtype_of(tensor, name);
   STD_TORCH_CHECK(tensor.scalar_type() == input.scalar_type(), "effops: ", name, " must have the dtype of input");
 }
 
-void check_sizes(const Tensor& tensor, index_t n, index_t c, index_t h, index_t w, const char* name) {
-  check_map(tensor, name);
+void check_sizes(const Tensor& tensor, const Tensor& input, index_t n, index_t c, index_t h, index_t w,
+                 const char* name) {
+  check_map(tensor, input, name);
   const auto sizes = tensor.sizes();
   STD_TORCH_CHECK(sizes[0] == n && sizes[1] == c && sizes[2] == h && sizes[3] == w, "effops: ", name,
                   " must have shape [", n, ", ", c, ", ", h, ", ", w, "], got [", sizes[0], ", ", sizes[1], ", ",
@@ -72,9 +87,8 @@ index_t output_size(index_t input, index_t pad_a, index_t pad_b, index_t kernel,
 
 StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& geometry, std::size_t expected_size,
                          const char* op) {
-  check_map(input, "input");
-  check_map(weight, "weight");
-  check_same_dtype(weight, input, "weight");
+  check_map(input, input, "input");
+  check_map(weight, input, "weight");
   STD_TORCH_CHECK(geometry.size() == expected_size, "effops::", op, ": geometry must hold ", expected_size,
                   " integers, got ", geometry.size());
   for (std::size_t i = 0; i < geometry.size(); ++i) {
@@ -116,8 +130,9 @@ StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& 
 
 ChannelRef channel_ref(const OptionalTensor& vector, const Tensor& input, index_t channels, const char* name) {
   if (!vector.has_value()) return {};
-  STD_TORCH_CHECK(vector->is_cpu() && vector->dim() == 1 && vector->size(0) == channels, "effops: ", name,
-                  " must be a CPU vector of ", channels, " elements");
+  check_device(*vector, input, name);
+  STD_TORCH_CHECK(vector->dim() == 1 && vector->size(0) == channels, "effops: ", name, " must be a vector of ",
+                  channels, " elements");
   const DType dtype = dtype_of(*vector, name);
   STD_TORCH_CHECK(dtype == DType::f32 || vector->scalar_type() == input.scalar_type(), "effops: ", name,
                   " must have the dtype of input or float32");
@@ -127,8 +142,7 @@ ChannelRef channel_ref(const OptionalTensor& vector, const Tensor& input, index_
 TensorRef residual_ref(const OptionalTensor& residual, const Tensor& input, index_t channels,
                        const DepthwiseGeometry& g, const char* name) {
   if (!residual.has_value()) return {};
-  check_sizes(*residual, g.N, channels, g.P, g.Q, name);
-  check_same_dtype(*residual, input, name);
+  check_sizes(*residual, input, g.N, channels, g.P, g.Q, name);
   return tensor_ref(*residual);
 }
 
@@ -151,15 +165,19 @@ std::int32_t dtype_code(ScalarType type) {
       return aoti_torch_dtype_float32();
     case ScalarType::BFloat16:
       return aoti_torch_dtype_bfloat16();
+    case ScalarType::Half:
+      return aoti_torch_dtype_float16();
     default:
       return aoti_torch_dtype_float64();
   }
 }
 
-Tensor new_strided(ScalarType type, const std::int64_t* sizes, const std::int64_t* strides, std::int64_t dim) {
+// Empty, on the device of `like`.
+Tensor new_strided(const Tensor& like, ScalarType type, const std::int64_t* sizes, const std::int64_t* strides,
+                   std::int64_t dim) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(dim, sizes, strides, dtype_code(type), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(dim, sizes, strides, dtype_code(type), device_type(like),
+                                                         like.get_device_index(), &handle));
   return Tensor(handle);
 }
 
@@ -169,7 +187,7 @@ Tensor new_map(const Tensor& like, index_t n, index_t c, index_t h, index_t w, b
   const std::array<std::int64_t, 4> sizes{n, c, h, w};
   const std::array<std::int64_t, 4> strides = channels_last ? std::array<std::int64_t, 4>{h * w * c, 1, w * c, c}
                                                             : std::array<std::int64_t, 4>{c * h * w, h * w, w, 1};
-  return new_strided(like.scalar_type(), sizes.data(), strides.data(), 4);
+  return new_strided(like, like.scalar_type(), sizes.data(), strides.data(), 4);
 }
 
 Tensor new_like_shape(const Tensor& like) {
@@ -181,7 +199,7 @@ Tensor new_like_shape(const Tensor& like) {
     strides[i] = step;
     step *= sizes[i];
   }
-  return new_strided(like.scalar_type(), sizes.data(), strides.data(), dim);
+  return new_strided(like, like.scalar_type(), sizes.data(), strides.data(), dim);
 }
 
 void check_saved_output(const TensorRef& output, const EpilogueRef& e) {
@@ -197,13 +215,14 @@ void check_saved_output(const TensorRef& output, const EpilogueRef& e) {
 Tensor new_statistic(const Tensor& input, index_t channels) {
   const ScalarType type = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const std::int64_t size = channels, stride = 1;
-  return new_strided(type, &size, &stride, 1);
+  return new_strided(input, type, &size, &stride, 1);
 }
 
 Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels, const char* name) {
   const ScalarType type = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == type,
-                  "effops: ", name, " must be a CPU vector of ", channels, " statistics");
+  check_device(tensor, input, name);
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == type, "effops: ", name,
+                  " must be a vector of ", channels, " statistics");
   return dense(tensor);
 }
 

@@ -1,6 +1,6 @@
-// What the two bindings share: checked views of torch's tensors, allocation in the asked-for memory format, geometry.
-// Every check of functional.py that memory safety depends on is repeated here, because torch.ops.effops.* can be called
-// directly.
+// What the operators' bindings share, on any device: checked views of torch's tensors, allocation in the asked-for memory
+// format, geometry. Every check of functional.py that memory safety depends on is repeated here, because
+// torch.ops.effops.* can be called directly.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -14,7 +14,7 @@
 #include <tuple>
 #include <vector>
 
-#include "csrc/cpu/table.h"
+#include "csrc/args.h"
 
 namespace effops {
 
@@ -25,10 +25,12 @@ using Ints = std::vector<std::int64_t>;
 
 DType dtype_of(const Tensor& tensor, const char* name);
 
-// A float tensor of rank 4 on the CPU.
-void check_map(const Tensor& tensor, const char* name);
-void check_same_dtype(const Tensor& tensor, const Tensor& input, const char* name);
-void check_sizes(const Tensor& tensor, index_t n, index_t c, index_t h, index_t w, const char* name);
+// On the device of input.
+void check_device(const Tensor& tensor, const Tensor& input, const char* name);
+// A float tensor of rank 4 with the dtype and device of input.
+void check_map(const Tensor& tensor, const Tensor& input, const char* name);
+void check_sizes(const Tensor& tensor, const Tensor& input, index_t n, index_t c, index_t h, index_t w,
+                 const char* name);
 
 TensorRef tensor_ref(const Tensor& tensor);
 

@@ -1,0 +1,51 @@
+// The operators for the CPU key.
+#include "csrc/bindings/dsconv.h"
+#include "csrc/bindings/dwconv.h"
+#include "csrc/cpu/runtime.h"
+
+namespace effops {
+namespace {
+
+// The kernels of the instruction set that was chosen.
+struct CpuKernels {
+  static const Tensor& checked(const Tensor& input) {
+    STD_TORCH_CHECK(input.is_cpu(), "effops: input must be on the CPU");
+    STD_TORCH_CHECK(input.scalar_type() != ScalarType::Half,
+                    "effops: input must be float32, bfloat16 or float64 on the CPU");
+    return input;
+  }
+  static int row(const Tensor& input) { return static_cast<int>(dtype_of(input, "input")); }
+
+  static void dwconv_fwd(const Tensor& input, const DwconvForwardArgs& args) { kernels().dwconv_fwd[row(input)](args); }
+  static void dwconv_bwd(const Tensor& input, const DwconvBackwardArgs& args) {
+    kernels().dwconv_bwd[row(input)](args);
+  }
+  static void dwconv_stats(const Tensor& input, const DwconvStatsArgs& args) {
+    kernels().dwconv_stats[row(input)](args);
+  }
+  static void dwconv_stats_bwd(const Tensor& input, const DwconvStatsBackwardArgs& args) {
+    kernels().dwconv_stats_bwd[row(input)](args);
+  }
+  static void dsconv_fwd(const Tensor& input, const DsconvForwardArgs& args) { kernels().dsconv_fwd[row(input)](args); }
+  static void dsconv_bwd(const Tensor& input, const DsconvBackwardArgs& args) {
+    kernels().dsconv_bwd[row(input)](args);
+  }
+};
+
+using Dwconv = DwconvBindings<CpuKernels>;
+using Dsconv = DsconvBindings<CpuKernels>;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
+  library.impl("dwconv_fwd", TORCH_BOX(&Dwconv::forward));
+  library.impl("dwconv_bwd", TORCH_BOX(&Dwconv::backward));
+  library.impl("dwconv_stats", TORCH_BOX(&Dwconv::statistics));
+  library.impl("dwconv_stats_bwd", TORCH_BOX(&Dwconv::statistics_backward));
+  library.impl("dsconv_fwd", TORCH_BOX(&Dsconv::forward));
+  library.impl("dsconv_bwd", TORCH_BOX(&Dsconv::backward));
+  library.impl("dsconv_norm_fwd", TORCH_BOX(&Dsconv::norm_forward));
+  library.impl("dsconv_norm_bwd", TORCH_BOX(&Dsconv::norm_backward));
+}
+
+}  // namespace effops
