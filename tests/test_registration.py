@@ -347,8 +347,9 @@ def test_export_with_dynamic_batch_and_size(backend: str) -> None:
         x = rand(*shape)
         torch.testing.assert_close(program.module()(x), model(x))
     calls = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
-    assert ("effops.dsconv_fwd.default" in calls) is (backend == "cpp")
-    assert ("effops.dwconv_fwd.default" in calls) is (backend == "cpp")
+    for name in ("dsconv_fwd", "dwconv_fwd"):
+        assert (f"effops.{name}.default" in calls) is (backend == "cpp")
+        assert (f"effops.{name}_triton.default" in calls) is (backend == "triton")
 
 
 # ---- autocast -------------------------------------------------------------------------------------------------------
