@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers import interpreted
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.export import Dim, export
@@ -130,10 +131,12 @@ def layouts(shape: tuple[int, int, int, int]) -> Iterator[torch.Tensor]:
 
 
 def test_output_strides_are_those_of_conv2d(backend: str) -> None:
-    for shape in itertools.product((0, 1, 3), (1, 5), (1, 4), (1, 3)):
+    # Interpreted kernels see every seventh layout of a shape, and over the shapes every layout.
+    share = 7 if interpreted(backend) else 1
+    for number, shape in enumerate(itertools.product((0, 1, 3), (1, 5), (1, 4), (1, 3))):
         weight = torch.ones(shape[1], 1, 3, 3)
         pointwise = torch.ones(4, shape[1], 1, 1)
-        for x in layouts(shape):
+        for x in itertools.islice(layouts(shape), number % share, None, share):
             found = EF.depthwise_conv2d(x, weight, padding=1, backend=backend)
             if shape[0]:  # of an empty batch F.conv2d returns strides of 0; effops those of a fresh tensor
                 expected = F.conv2d(x, weight, padding=1, groups=shape[1])
