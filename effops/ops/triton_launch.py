@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ if INTERPRETED:
     from effops.ops import triton_interpreter
 
     triton_interpreter.mend()
+
+_interpreting = threading.Lock()  # the interpreter keeps the program's number, and more, in globals
 
 _ACCESS_BYTES = 16  # the widest load of a thread
 _MAX_INT = 2**31 - 1
@@ -196,4 +199,5 @@ def launch(kernel: Callable, blocks: int, on: Tensor, *arguments: Any, **constan
     elif on.device.type == "meta":
         recorded.append(Launch(kernel, blocks, arguments, constants))
     else:
-        kernel[(blocks,)](*arguments, **constants)
+        with _interpreting:
+            kernel[(blocks,)](*arguments, **constants)
