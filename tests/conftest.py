@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import poison_memory
+from helpers import interpreted, poison_memory
 from hypothesis import HealthCheck, settings
 
 from effops import _library, backends
@@ -84,6 +84,9 @@ def float16_backend(request: pytest.FixtureRequest) -> str:
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of every backend in turn; the Triton kernels are interpreted where there is no GPU."""
     require_backend(request.param)
+    slow = request.node.get_closest_marker("slow_interpreted")
+    if slow and interpreted(request.param) and os.environ.get("EFFOPS_INTERPRET_ALL") != "1":
+        pytest.skip(f"interpreted kernels: {slow.args[0]}; EFFOPS_INTERPRET_ALL=1 (make test-all) runs it")
     return request.param
 
 

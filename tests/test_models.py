@@ -77,6 +77,7 @@ def test_agrees_with_its_twin(name: str, backend: str) -> None:
         assert model.forward_features(channels_last).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow_interpreted("whole networks take minutes, and batch norms want no fewer values")
 @pytest.mark.parametrize("name", ["mobilenet_v2", "vgnetg_1_0mp"])
 def test_trains_like_its_twin(name: str, backend: str) -> None:
     """One step in float64: loss, gradients and running statistics."""
