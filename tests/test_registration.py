@@ -427,14 +427,15 @@ def test_autocast_under_compile(backend: str) -> None:
 @pytest.mark.parametrize("chain", CHAINS)
 def test_bitwise_repeats(chain: str, backend: str) -> None:
     torch.set_num_threads(2)
-    tensors = [t.requires_grad_() for t in (rand(4, 8, 40, 40), rand(8, 1, 3, 3), rand(8))]
+    size = (2, 8, 14, 17) if interpreted(backend) else (4, 8, 40, 40)  # several tiles of either
+    tensors = [t.requires_grad_() for t in (rand(*size), rand(8, 1, 3, 3), rand(8))]
 
     def run() -> list[torch.Tensor]:
         out = CHAINS[chain](*tensors, backend)
         return [out, *torch.autograd.grad(out, tensors, torch.ones_like(out))]
 
     first = run()
-    for _ in range(3):
+    for _ in range(1 if interpreted(backend) else 3):
         for a, b in zip(run(), first, strict=True):
             assert torch.equal(a, b)
 
