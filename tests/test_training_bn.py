@@ -135,8 +135,8 @@ def _train_and_evaluate(
     config: dict[str, Any], backend: str, memory_format: torch.memory_format, *, interpreted_steps: int = 1
 ) -> None:
     fused, twin, truth = _modules(config, backend)
-    batches = _batches(truth, memory_format)[: interpreted_steps if interpreted(backend) else STEPS]
-    for step, batch in enumerate(batches):
+    batches = _batches(truth, memory_format)
+    for step, batch in enumerate(batches[: interpreted_steps if interpreted(backend) else STEPS]):
         results = _step(fused, batch), _step(twin, batch), _step(truth, batch.double())
         _compare(*results, f"step {step}")
     for module in (fused, twin, truth):
