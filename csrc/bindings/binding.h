@@ -66,7 +66,7 @@ Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels,
                  const char* name);  // checked and contiguous
 
 Tensor new_bytes(const Tensor& like, std::size_t bytes);  // scratch on the device of `like`
-Tensor new_like_shape(const Tensor& like);  // contiguous, the same sizes and dtype
+Tensor new_like_shape(const Tensor& like);                // contiguous, the same sizes and dtype
 
 // The gradients a backward operator returns: allocated when their bit is set, listed in the order of the bits.
 class GradList {

@@ -20,8 +20,8 @@ int attribute(cudaDeviceAttr what, int index) {
 }  // namespace
 
 Device device_info(int index) {
-  const int capability = 10 * attribute(cudaDevAttrComputeCapabilityMajor, index) +
-                         attribute(cudaDevAttrComputeCapabilityMinor, index);
+  const int capability =
+      10 * attribute(cudaDevAttrComputeCapabilityMajor, index) + attribute(cudaDevAttrComputeCapabilityMinor, index);
   if (capability < 80) {
     throw std::runtime_error("effops: the CUDA kernels need compute capability 8.0 or newer, GPU " +
                              std::to_string(index) + " has " + std::to_string(capability / 10) + "." +
