@@ -51,6 +51,7 @@ class _Case:
     residual_layout: str = "contiguous"
     float_params: bool = False  # bias, scale and shift stay float32 beside bfloat16 tensors
     data: str = "normal"
+    interpreted: Pair | None = None  # h and w for interpreted kernels, whose tiles are small and slow
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +129,8 @@ DW_CASES = [
     DwCase(id="k3s1-c8-expand_channels", c=8, layout="expand_channels"),
     DwCase(id="k3s1-c8-expand_space", c=8, layout="expand_space", epi=Epi(residual=True),
            residual_layout="expand_space"),
-    DwCase(id="k3s1-c96-64x40-tiles-cl", n=1, c=96, h=64, w=40, layout="channels_last", epi=Epi(bias=True, scale=True)),
+    DwCase(id="k3s1-c96-64x40-tiles-cl", n=1, c=96, h=64, w=40, layout="channels_last", epi=Epi(bias=True, scale=True),
+           interpreted=(17, 67)),
     DwCase(id="k5s2-c20-61x47-tiles", n=1, c=20, h=61, w=47, kernel=(5, 5), padding=(2, 2, 2, 2), stride=(2, 2)),
     DwCase(id="k3s1-c368-7x7-many_channels", n=1, c=368, h=7, w=7, layout="channels_last", epi=Epi(bias=True)),
     DwCase(id="k3s1-c24-1x700-one_long_row", n=1, c=24, h=1, w=700, layout="channels_last", epi=BIAS_RELU),
@@ -158,7 +160,7 @@ DS_CASES = [
            pw=Epi(bias=True)),
     DsCase(id="k3s1-c16-130-wide", c=16, k=130, layout="channels_last", pw=Epi(bias=True)),
     DsCase(id="k3s1-c96-130-64x40-tiles-cl", n=1, c=96, k=130, h=64, w=40, layout="channels_last",
-           pw=Epi(bias=True, activation="silu")),
+           pw=Epi(bias=True, activation="silu"), interpreted=(18, 24)),
     DsCase(id="k3s2-c40-24-63x33-tiles-nchw", n=1, c=40, k=24, h=63, w=33, stride=(2, 2),
            dw=Epi(bias=True, activation="silu")),
     DsCase(id="k3s3-c16-24", c=16, k=24, h=11, w=13, stride=(3, 3), layout="channels_last"),

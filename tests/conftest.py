@@ -12,19 +12,14 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
-from helpers import poison_memory
+from helpers import interpreted, poison_memory
 from hypothesis import HealthCheck, settings
 
 from effops import _library, backends
-from effops.ops.registration import INTERPRETING
 
 # Every test that takes `backend` runs once for each name. A new backend joins by adding its name here and, where it can
 # be absent, the reason to why_backend_missing.
 BACKENDS = ("reference", "cpp", "triton")
-
-# What `make test` runs on interpreted kernels.
-ROOMS = ("test_dwconv.py", "test_dsconv.py", "test_banks.py", "test_errors.py")
-EVERYTHING_INTERPRETED = os.environ.get("EFFOPS_INTERPRET_ALL") == "1"
 
 settings.register_profile(
     "effops",
@@ -87,11 +82,11 @@ def float16_backend(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
-    """The name of every backend in turn; the Triton kernels, where they are interpreted, in the rooms' own tests."""
+    """The name of every backend in turn; the Triton kernels are interpreted where there is no GPU."""
     require_backend(request.param)
-    interpreted = request.param == "triton" and INTERPRETING
-    if interpreted and not EVERYTHING_INTERPRETED and request.node.path.name not in ROOMS:
-        pytest.skip("interpreted kernels are slow: EFFOPS_INTERPRET_ALL=1 (make test-all) runs this on them too")
+    slow = request.node.get_closest_marker("slow_interpreted")
+    if slow and interpreted(request.param) and os.environ.get("EFFOPS_INTERPRET_ALL") != "1":
+        pytest.skip(f"interpreted kernels: {slow.args[0]}; EFFOPS_INTERPRET_ALL=1 (make test-all) runs it")
     return request.param
 
 

@@ -12,6 +12,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from cases import ACTIVATIONS, DsCase, DwCase, Epi
 from torch import Tensor
 
 import effops.functional as EF
+from effops.ops.registration import INTERPRETING
 
 Tensors = dict[str, "Tensor | None"]
 
@@ -538,8 +540,21 @@ def make_grad_output(case: DwCase | DsCase, shape: Iterable[int]) -> Tensor:
     return draw(shape, generator(case.id + "/grad"), case.data, mean=0.5) + 1
 
 
+def interpreted(backend: str) -> bool:
+    """Whether the backend's kernels are interpreted here: thousands of times slower than they are compiled."""
+    return backend == "triton" and INTERPRETING
+
+
+def sized_for(case: DwCase | DsCase, backend: str) -> DwCase | DsCase:
+    """The case, smaller where it says so for interpreted kernels."""
+    if case.interpreted is None or not interpreted(backend):
+        return case
+    return replace(case, h=case.interpreted[0], w=case.interpreted[1])
+
+
 def check_forward(case: DwCase | DsCase, dtype: torch.dtype, backend: str, device: str = "cpu") -> None:
     """Values by the budget; dtype, shape and strides by the inputs alone; inputs untouched. The truth is the CPU's."""
+    case = sized_for(case, backend)
     on_cpu = make_tensors(case, dtype)
     tensors = on_cpu if device == "cpu" else move_all(on_cpu, device)
     copies = {name: None if t is None else t.clone() for name, t in tensors.items()}
@@ -564,6 +579,7 @@ def check_gradients(
     device: str = "cpu",
 ) -> None:
     """Every wanted gradient by the budget, torch's own autograd of the unfused chain being the yardstick."""
+    case = sized_for(case, backend)
     on_cpu = make_tensors(case, dtype, kink_free=True)
     tensors = on_cpu if device == "cpu" else move_all(on_cpu, device)
     shape = oracle(to_float64(on_cpu), case).shape

@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cases import ACTIVATIONS, DsCase, DwCase, Epi
-from helpers import KINKS, IllConditionedError, check_forward, check_gradients, output_size
+from helpers import KINKS, IllConditionedError, check_forward, check_gradients, interpreted, output_size
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
@@ -85,10 +85,14 @@ def cases(draw, dtype: torch.dtype, channel_counts: st.SearchStrategy[int] = CHA
 def hold_budget(strategy: st.SearchStrategy, dtype: torch.dtype, backend: str, share: int) -> None:
     """Draws one ``share``-th of the profile's examples and holds values and gradients to the budget."""
     profile = settings.get_profile("effops")
+    if interpreted(backend):
+        share *= 3
 
     @settings(parent=profile, max_examples=max(profile.max_examples // share, 1))
     @given(case=strategy)
     def hold(case: DwCase | DsCase) -> None:
+        # The interpreter has no bfloat16 products (conftest.py); here one would end the whole test as skipped.
+        assume(not (interpreted(backend) and dtype == torch.bfloat16 and isinstance(case, DsCase)))
         try:
             check_forward(case, dtype, backend)
             check_gradients(case, dtype, backend)

@@ -172,3 +172,48 @@ def test_separable_backward(window: str, layout: str) -> None:
             owners.update(owned)
             assert program.loaded(x) == under({(n, 0, p, q) for n, _, p, q in owned}, case, channel=False)
         assert len(owners) == grad.numel() and set(owners.values()) == {1}, kernel
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_separable_output_gradient(window: str, layout: str) -> None:
+    """Where the sums are computed anew: the gradient by its owner alone, and what a forward tile would read."""
+    from effops.ops.dsconv.triton import dsconv_bwd, dsconv_fwd
+
+    case = DsCase(
+        id="traffic", layout=layout, passthrough_layout=layout, k=70, passthrough=3, pw=Epi(activation="silu"),
+        **WINDOWS[window],
+    )  # fmt: skip
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    grad = torch.randn_like(dsconv_fwd(*forward_arguments("dsconv_fwd", case, tensors, geometry)))
+    with recorded() as programs:
+        dsconv_bwd(*backward_arguments("dsconv_bwd", case, tensors, geometry, None, (grad,)))
+    owners: Counter[Index] = Counter()
+    for program in of_kernel(programs, "_output_gradient_kernel"):
+        owned = program.loaded(grad)
+        owners.update(owned)
+        pixels = {(n, 0, p, q) for n, _, p, q in owned}
+        assert program.loaded(x) == under(pixels, case, channel=False)
+        assert program.loaded(tensors["passthrough"]) == {(n, c, p, q) for n, _, p, q in pixels for c in range(3)}
+    assert len(owners) == grad.numel() and set(owners.values()) == {1}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("passed", [7, 40], ids=["one_block", "two_blocks"])
+def test_passed_gradient(passed: int, layout: str) -> None:
+    """No epilogue: the output's gradient itself is read, all its channels at the program's pixels, and nothing of x."""
+    from effops.ops.dsconv.triton import dsconv_bwd, dsconv_fwd
+
+    case = DsCase(id="traffic", layout=layout, passthrough_layout=layout, c=12, h=9, w=13, k=20, passthrough=passed)
+    tensors = make_tensors(case, torch.float32)
+    x, geometry = tensors["input"], geometry_of(case, tensors["input"])
+    grad = torch.randn_like(dsconv_fwd(*forward_arguments("dsconv_fwd", case, tensors, geometry)))
+    with recorded() as programs:
+        found = dsconv_bwd(*backward_arguments("dsconv_bwd", case, tensors, geometry, None, (grad,)))
+    programs = of_kernel(programs, "_passed_gradient_kernel")
+    each_stored_once(programs, found[1])
+    for program in programs:
+        stored = program.stored(found[1])
+        assert program.loaded(grad) == {(n, k, p, q) for n, _, p, q in stored for k in range(20)}
+        assert not program.loaded(x)

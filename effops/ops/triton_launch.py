@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
@@ -14,25 +15,12 @@ from effops.ops.dwconv import banks
 from effops.ops.registration import INTERPRETING as INTERPRETED
 from effops.ops.triton_device import Affine, Chain, Map, Sizes, Window
 
-
-def _let_scalars_bound_loops() -> None:
-    """Lets the interpreter run `for i in range(n)` with n computed in the kernel.
-
-    It asks for int() of an array of one element, which NumPy refuses from 2.4 on (Triton 3.6).
-    """
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patch_and_mend(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch_and_mend
-
-
 if INTERPRETED:
-    _let_scalars_bound_loops()
+    from effops.ops import triton_interpreter
+
+    triton_interpreter.mend()
+
+_interpreting = threading.Lock()  # the interpreter keeps the program's number, and more, in globals
 
 _ACCESS_BYTES = 16  # the widest load of a thread
 _MAX_INT = 2**31 - 1
@@ -200,4 +188,5 @@ def launch(kernel: Callable, blocks: int, on: Tensor, *arguments: Any, **constan
     elif on.device.type == "meta":
         recorded.append(Launch(kernel, blocks, arguments, constants))
     else:
-        kernel[(blocks,)](*arguments, **constants)
+        with _interpreting:
+            kernel[(blocks,)](*arguments, **constants)

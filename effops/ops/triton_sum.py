@@ -45,7 +45,7 @@ def sum_partials(partial: Tensor, out: Tensor) -> Tensor:
     """
     blocks, taps, channels = partial.shape
     kernels = out.numel() // taps
-    block_b = min(32, triton.next_power_of_2(kernels))
+    block_b = min(256 if L.INTERPRETED else 32, triton.next_power_of_2(kernels))
     rows = 8 if L.INTERPRETED else 1024 // block_b
     L.launch(
         _sum_kernel, taps * triton.cdiv(kernels, block_b), out, partial, out, blocks,
