@@ -255,9 +255,9 @@ class Machine {
 
   std::uint64_t blocks_in_flight(const Launch& launch) const {
     if (settings.blocks_in_flight > 0) return settings.blocks_in_flight;
-    // Races between blocks of one slot are not seen: let their distance be one that no tiling has for a period.
-    // ThreadSanitizer has room for some 8000 threads.
-    return under_tsan() ? std::clamp<std::uint64_t>(2048 / launch.threads(), 2, 7) : 2;
+    // Races between blocks of one slot are not seen: a number that tilings rarely have for a period. More would cost a
+    // millisecond a fiber, once.
+    return under_tsan() ? std::clamp<std::uint64_t>(1280 / launch.threads(), 2, 5) : 2;
   }
 
   void prepare(Slot& slot, Launch& launch) {
