@@ -45,7 +45,7 @@ EFFOPS_KERNEL(kThreads, 1) rotate_kernel(EFFOPS_PARAMS RotateParams params) {
   }
   stages[thread] = sum;
   for (int half = kThreads / 2; half > 0; half /= 2) {
-    barrier();
+    barrier();  // for the tree: the other half is summed
     if (thread < half) stages[thread] += stages[thread + half];
   }
   if (thread == 0) params.partial[blockIdx.x] = stages[0];
