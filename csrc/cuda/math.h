@@ -126,94 +126,88 @@ EFFOPS_DEVICE C normal_cdf(C u) {
   return C(0.5) * erfc_of(u * C(-0.70710678118654752440));
 }
 
-template <int N, class C>
-EFFOPS_DEVICE void activate(Activation activation, C slope, C (&v)[N]) {
+// The functions of one value; at the kinks of the derivatives: torch's choice.
+template <Activation A, class C>
+EFFOPS_DEVICE C activate_one(C u, C slope) {
+  if constexpr (A == Activation::relu) return u < C(0) ? C(0) : u;
+  if constexpr (A == Activation::relu6) return u < C(0) ? C(0) : u > C(6) ? C(6) : u;
+  if constexpr (A == Activation::leaky_relu) return u > C(0) ? u : u * slope;
+  if constexpr (A == Activation::silu) return u / (C(1) + exp_of(-u));
+  if constexpr (A == Activation::hardswish) return u * hard_gate(u);
+  if constexpr (A == Activation::hardsigmoid) return hard_gate(u);
+  if constexpr (A == Activation::sigmoid) return sigmoid(u);
+  if constexpr (A == Activation::gelu) return u * normal_cdf(u);
+  return u;
+}
+
+template <Activation A, class C>
+EFFOPS_DEVICE C slope_one(C u, C slope) {
+  if constexpr (A == Activation::relu) return u > C(0) ? C(1) : C(0);
+  if constexpr (A == Activation::relu6) return u > C(0) && u < C(6) ? C(1) : C(0);
+  if constexpr (A == Activation::leaky_relu) return u > C(0) ? C(1) : slope;
+  if constexpr (A == Activation::hardswish) return u > C(-3) ? (u < C(3) ? u / C(3) + C(0.5) : C(1)) : C(0);
+  if constexpr (A == Activation::hardsigmoid) return u > C(-3) && u < C(3) ? C(1) / C(6) : C(0);
+  if constexpr (A == Activation::gelu) return normal_cdf(u) + u * C(0.39894228040143267794) * exp_of(u * u * C(-0.5));
+  if constexpr (A == Activation::silu || A == Activation::sigmoid) {
+    const C s = sigmoid(u);
+    return A == Activation::silu ? s * (C(1) + u * (C(1) - s)) : s * (C(1) - s);
+  }
+  return C(1);
+}
+
+// f(constant of the activation): one branch for all that f does.
+template <class F>
+EFFOPS_DEVICE void with_activation(Activation activation, const F& f) {
+  using enum Activation;
   switch (activation) {
-    case Activation::none:
-      return;
-    case Activation::relu:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = v[j] < C(0) ? C(0) : v[j];
-      return;
-    case Activation::relu6:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = v[j] < C(0) ? C(0) : v[j] > C(6) ? C(6) : v[j];
-      return;
-    case Activation::leaky_relu:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = v[j] > C(0) ? v[j] : v[j] * slope;
-      return;
-    case Activation::silu:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = v[j] / (C(1) + exp_of(-v[j]));
-      return;
-    case Activation::hardswish:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] *= hard_gate(v[j]);
-      return;
-    case Activation::hardsigmoid:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = hard_gate(v[j]);
-      return;
+    case none:
+      return f(std::integral_constant<Activation, none>{});
+    case relu:
+      return f(std::integral_constant<Activation, relu>{});
+    case relu6:
+      return f(std::integral_constant<Activation, relu6>{});
+    case leaky_relu:
+      return f(std::integral_constant<Activation, leaky_relu>{});
+    case silu:
+      return f(std::integral_constant<Activation, silu>{});
+    case hardswish:
+      return f(std::integral_constant<Activation, hardswish>{});
+    case hardsigmoid:
+      return f(std::integral_constant<Activation, hardsigmoid>{});
     case Activation::sigmoid:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] = sigmoid(v[j]);
-      return;
-    case Activation::gelu:
-#pragma unroll
-      for (int j = 0; j < N; ++j) v[j] *= normal_cdf(v[j]);
-      return;
+      return f(std::integral_constant<Activation, Activation::sigmoid>{});
+    case gelu:
+      return f(std::integral_constant<Activation, gelu>{});
   }
 }
 
-// d activate(u) / du of one value. At the kinks: torch's choice.
-template <class C>
-EFFOPS_DEVICE C slope_at(Activation activation, C slope, C u) {
-  switch (activation) {
-    case Activation::none:
-      return C(1);
-    case Activation::relu:
-      return u > C(0) ? C(1) : C(0);
-    case Activation::relu6:
-      return u > C(0) && u < C(6) ? C(1) : C(0);
-    case Activation::leaky_relu:
-      return u > C(0) ? C(1) : slope;
-    case Activation::silu: {
-      const C s = sigmoid(u);
-      return s * (C(1) + u * (C(1) - s));
-    }
-    case Activation::hardswish:
-      return u > C(-3) ? (u < C(3) ? u / C(3) + C(0.5) : C(1)) : C(0);
-    case Activation::hardsigmoid:
-      return u > C(-3) && u < C(3) ? C(1) / C(6) : C(0);
-    case Activation::sigmoid: {
-      const C s = sigmoid(u);
-      return s * (C(1) - s);
-    }
-    case Activation::gelu:
-      return normal_cdf(u) + u * C(0.39894228040143267794) * exp_of(u * u * C(-0.5));
-  }
-  return C(0);
+template <int N, class C>
+EFFOPS_DEVICE void activate(Activation activation, C slope, C (&v)[N]) {
+  with_activation(activation, [&](auto kind) {
+#pragma unroll
+    for (int j = 0; j < N; ++j) v[j] = activate_one<decltype(kind)::value>(v[j], slope);
+  });
 }
 
 // g *= activate'(u)
 template <int N, class C>
 EFFOPS_DEVICE void times_slope(Activation activation, C slope, const C (&u)[N], C (&g)[N]) {
-  if (activation == Activation::none) return;
+  with_activation(activation, [&](auto kind) {
 #pragma unroll
-  for (int j = 0; j < N; ++j) g[j] *= slope_at(activation, slope, u[j]);
+    for (int j = 0; j < N; ++j) g[j] *= slope_one<decltype(kind)::value>(u[j], slope);
+  });
 }
 
 // The same from y = activate(u), for the activations whose output tells it: relu, relu6, sigmoid, leaky_relu with a
 // positive slope.
 template <int N, class C>
 EFFOPS_DEVICE void times_slope_from_output(Activation activation, C slope, const C (&y)[N], C (&g)[N]) {
-  if (activation == Activation::sigmoid) {
 #pragma unroll
-    for (int j = 0; j < N; ++j) g[j] *= y[j] * (C(1) - y[j]);
-  } else {
-#pragma unroll
-    for (int j = 0; j < N; ++j) g[j] *= slope_at(activation, slope, y[j]);
+  for (int j = 0; j < N; ++j) {
+    const C high = activation == Activation::relu6 ? C(6) : C(INFINITY);
+    const C below = activation == Activation::leaky_relu ? slope : C(0);
+    const C step = y[j] > C(0) ? (y[j] < high ? C(1) : C(0)) : below;
+    g[j] *= activation == Activation::sigmoid ? y[j] * (C(1) - y[j]) : step;
   }
 }
 
