@@ -5,6 +5,9 @@
 // activation it is, a uniform branch tells at run time.
 #pragma once
 
+#include <cmath>
+#include <limits>
+#include <stdexcept>
 #include <type_traits>
 
 #include "csrc/args.h"
@@ -43,6 +46,15 @@ constexpr DType dtype_of = std::is_same_v<T, double>       ? DType::f64
                            : std::is_same_v<T, bfloat16_t> ? DType::bf16
                                                            : DType::f16;
 
+// ---- sizes ----
+
+inline int narrow(index_t value) {
+  if (value < 0 || value > std::numeric_limits<int>::max())
+    throw std::runtime_error(
+        "effops: a CUDA kernel counts channels, padded rows, padded columns and blocks in 32 bits");
+  return static_cast<int>(value);
+}
+
 // ---- maps ----
 
 // A TensorRef whose elements have a type.
@@ -64,21 +76,21 @@ Map<T> map_of(const TensorRef& ref) {
 template <int N, class T>
 EFFOPS_DEVICE void load_channels(const T* at, compute<T> (&v)[N]) {
   const auto raw = load_vec<std::remove_const_t<T>, N>(at);
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) v[j] = to_compute(raw.v[j]);
 }
 
 template <int N, class T>
 EFFOPS_DEVICE void store_channels(T* at, const compute<T> (&v)[N]) {
   Vec<T, N> raw;
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) raw.v[j] = from_compute<T>(v[j]);
   store_vec<T, N>(at, raw);
 }
 
 template <int N, class C>
 EFFOPS_DEVICE void fill(C (&v)[N], C value) {
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) v[j] = value;
 }
 
@@ -97,7 +109,7 @@ template <class T, int N>
 EFFOPS_DEVICE void read_channels(const ChannelRef& vector, int o, compute<T> absent, compute<T> (&v)[N]) {
   fill(v, absent);
   if (vector.data == nullptr) return;
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) v[j] = read_channel<T>(vector, o + j);
 }
 
@@ -184,7 +196,7 @@ EFFOPS_DEVICE void with_activation(Activation activation, const F& f) {
 template <int N, class C>
 EFFOPS_DEVICE void activate(Activation activation, C slope, C (&v)[N]) {
   with_activation(activation, [&](auto kind) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) v[j] = activate_one<decltype(kind)::value>(v[j], slope);
   });
 }
@@ -193,7 +205,7 @@ EFFOPS_DEVICE void activate(Activation activation, C slope, C (&v)[N]) {
 template <int N, class C>
 EFFOPS_DEVICE void times_slope(Activation activation, C slope, const C (&u)[N], C (&g)[N]) {
   with_activation(activation, [&](auto kind) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) g[j] *= slope_one<decltype(kind)::value>(u[j], slope);
   });
 }
@@ -202,7 +214,7 @@ EFFOPS_DEVICE void times_slope(Activation activation, C slope, const C (&u)[N], 
 // positive slope.
 template <int N, class C>
 EFFOPS_DEVICE void times_slope_from_output(Activation activation, C slope, const C (&y)[N], C (&g)[N]) {
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) {
     const C high = activation == Activation::relu6 ? C(6) : C(INFINITY);
     const C below = activation == Activation::leaky_relu ? slope : C(0);
@@ -220,14 +232,14 @@ EFFOPS_DEVICE void apply_epilogue(const EpilogueRef& e, int o, const compute<T> 
   const C slope = static_cast<C>(e.slope);
   activate(e.activation, slope, v);
   if (e.scale.data != nullptr) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) v[j] *= read_channel<T>(e.scale, o + j);
   }
   if (e.shift.data != nullptr) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) v[j] += read_channel<T>(e.shift, o + j);
   }
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) v[j] += residual[j];
   activate(e.post, slope, v);
 }
@@ -254,17 +266,17 @@ EFFOPS_DEVICE void epilogue_gradient(const EpilogueRef& e, int o, const compute<
   const C slope = static_cast<C>(e.slope);
   C scale[N], activated[N];
   read_channels<T>(e.scale, o, C(1), scale);
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) activated[j] = u[j];
   activate(e.activation, slope, activated);
   if (e.post != Activation::none) {
     C y[N];
     read_channels<T>(e.shift, o, C(0), y);
-#pragma unroll
+    EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) y[j] += activated[j] * scale[j] + residual[j];
     times_slope(e.post, slope, y, g);
   }
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) {
     terms.residual[j] = g[j];
     terms.scale[j] = g[j] * activated[j];

@@ -16,8 +16,6 @@
 
 namespace effops::cuda {
 
-constexpr int kWarp = 32;
-
 // ---- in a block ----
 
 // How the threads of a block share pixels and groups of N channels: thread = pixel_lane * channel_lanes + channel_lane,
@@ -48,19 +46,19 @@ constexpr int block_sums_bytes(int threads) {
 template <int N, class C>
 EFFOPS_DEVICE void block_sums(const Lanes& lanes, int turn, C (&v)[N]) {
   const int thread = static_cast<int>(threadIdx.x), warps = static_cast<int>(blockDim.x) / kWarp;
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) {
     for (int mask = lanes.channel_lanes; mask < kWarp; mask *= 2) v[j] += shuffle_xor(v[j], mask);
   }
   C* lines = shared_memory<C>() + (turn & 1) * warps * kWarp * N;  // [warps][N][channel lanes]
   const int line = lanes.channel_lanes * N, lane = thread % kWarp;
   if (lane < lanes.channel_lanes) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) lines[thread / kWarp * line + j * lanes.channel_lanes + lane] = v[j];
   }
   barrier();
   if (thread >= lanes.channel_lanes) return;
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) {
     C total = lines[j * lanes.channel_lanes + thread];
     for (int warp = 1; warp < warps; ++warp) total += lines[warp * line + j * lanes.channel_lanes + thread];
@@ -112,7 +110,8 @@ constexpr int kSumThreads = 256, kSumGroups = kSumThreads / kWarp;
 
 // A block owns 32 columns; warp i adds the lines i, i + 8, ..., the first warp what the others have.
 template <class C>
-EFFOPS_GLOBAL void __launch_bounds__(kSumThreads) sum_lines_kernel(const SumLines a) {
+EFFOPS_KERNEL(kSumThreads, 8)
+sum_lines_kernel(EFFOPS_PARAMS SumLines a) {
   double* shared = shared_memory<double>();  // [8][32]
   const int thread = static_cast<int>(threadIdx.x), lane = thread % kWarp, group = thread / kWarp;
   const index_t width = static_cast<index_t>(a.segments) * a.D;
@@ -131,7 +130,7 @@ EFFOPS_GLOBAL void __launch_bounds__(kSumThreads) sum_lines_kernel(const SumLine
     return;
   }
   const int segment = static_cast<int>(column / a.D), o = static_cast<int>(column % a.D);
-#pragma unroll
+  EFFOPS_UNROLL
   for (int i = 0; i < kMaxVectors; ++i) {  // a constant index: the parameters stay where they are
     if (segment == i && a.vector[i].data != nullptr) store_as(a.vector[i], o, sum);
   }
@@ -139,7 +138,8 @@ EFFOPS_GLOBAL void __launch_bounds__(kSumThreads) sum_lines_kernel(const SumLine
 
 // A warp owns one tap of one kernel.
 template <class C>
-EFFOPS_GLOBAL void __launch_bounds__(kSumThreads) fold_bank_kernel(const FoldBank a) {
+EFFOPS_KERNEL(kSumThreads, 8)
+fold_bank_kernel(EFFOPS_PARAMS FoldBank a) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const index_t element = static_cast<index_t>(blockIdx.x) * kSumGroups + warp;
   const index_t kernel = element / a.taps, tap = element % a.taps;
@@ -148,9 +148,14 @@ EFFOPS_GLOBAL void __launch_bounds__(kSumThreads) fold_bank_kernel(const FoldBan
   for (index_t o = kernel + static_cast<index_t>(lane) * a.bank; o < a.D; o += static_cast<index_t>(kWarp) * a.bank) {
     sum += sums[o];
   }
-#pragma unroll
+  EFFOPS_UNROLL
   for (int mask = kWarp / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
   if (lane == 0 && kernel < a.bank) store_as(a.weight, element, sum);
+}
+
+// A grid along x: the one axis with room for 2^31 blocks.
+inline Shape grid_of(index_t blocks, int threads, std::size_t shared_bytes) {
+  return {dim3(static_cast<unsigned>(narrow(blocks))), dim3(static_cast<unsigned>(threads)), shared_bytes};
 }
 
 // Bytes of the partial results.
@@ -163,7 +168,7 @@ std::size_t partial_bytes(index_t lines, index_t segments, index_t D) {
 template <class C>
 void sum_lines(const SumLines& job, Stream stream) {
   const index_t blocks = (static_cast<index_t>(job.segments) * job.D + kWarp - 1) / kWarp;
-  launch<sum_lines_kernel<C>>(blocks, kSumThreads, kSumThreads * sizeof(double), stream, job);
+  launch(sum_lines_kernel<C>, grid_of(blocks, kSumThreads, kSumThreads * sizeof(double)), stream, job);
 }
 
 // partial [lines][taps][D] -> the gradient of the weight [bank][taps].
@@ -171,7 +176,7 @@ template <class C>
 void sum_weight(void* partial, int lines, int taps, int D, int bank, const SumTarget& weight, Stream stream) {
   sum_lines<C>({partial, lines, taps, D, true, {}}, stream);
   const index_t blocks = (static_cast<index_t>(bank) * taps + kSumGroups - 1) / kSumGroups;
-  launch<fold_bank_kernel<C>>(blocks, kSumThreads, 0, stream, FoldBank{partial, taps, D, bank, weight});
+  launch(fold_bank_kernel<C>, grid_of(blocks, kSumThreads, 0), stream, FoldBank{partial, taps, D, bank, weight});
 }
 
 }  // namespace effops::cuda

@@ -2,9 +2,6 @@
 // Shared by the rooms.
 #pragma once
 
-#include <limits>
-#include <stdexcept>
-
 #include "csrc/cuda/math.h"
 
 namespace effops::cuda {
@@ -17,12 +14,6 @@ struct Sizes {
   int stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
   int multiplier, bank;
 };
-
-inline int narrow(index_t value) {
-  if (value < 0 || value > std::numeric_limits<int>::max())
-    throw std::runtime_error("effops: a CUDA kernel counts channels, padded rows and padded columns in 32 bits");
-  return static_cast<int>(value);
-}
 
 inline Sizes sizes_of(const DepthwiseGeometry& g) {
   // No sum or product of sizes that a kernel forms is larger than these.
@@ -69,10 +60,10 @@ EFFOPS_DEVICE const T* kernel_of(const T* weight, const Sizes& g, int taps, int 
 template <class Window, int N, class T>
 EFFOPS_DEVICE void load_taps(const T* weight, const Sizes& g, int o, bool turned,
                              compute<T> (&taps)[Window::kTaps][N]) {
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) {
     const T* kernel = kernel_of(weight, g, Window::kTaps, o + j);
-#pragma unroll
+    EFFOPS_UNROLL
     for (int t = 0; t < Window::kTaps; ++t) {
       taps[t][j] = to_compute(load_global_cached(kernel + (turned ? Window::kTaps - 1 - t : t)));
     }
@@ -89,7 +80,7 @@ struct Column {
 
   // at: the element of this column in row `row`, which need not exist.
   EFFOPS_DEVICE void load(const T* at, index_t row_stride, unsigned rows) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int i = 0; i < Rows; ++i) {
       if (rows >> i & 1) {
         raw[i] = load_vec<T, N>(at + i * row_stride);
@@ -105,7 +96,7 @@ struct Column {
 template <int Rows>
 EFFOPS_DEVICE unsigned rows_inside(int row, int height) {
   unsigned rows = 0;
-#pragma unroll
+  EFFOPS_UNROLL
   for (int i = 0; i < Rows; ++i) rows |= inside(row + i, height) ? 1u << i : 0u;
   return rows;
 }
@@ -132,32 +123,32 @@ EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, 
   const unsigned rows = rows_inside<kRows>(row, g.H);
   const T* at = image + row * x.h + column * x.w;
   for (int step = 1 - kOpen; step < count; ++step) {
-#pragma unroll
+    EFFOPS_UNROLL
     for (int k = 0; k < kStride; ++k, ++column, at += x.w) {
       Column<kRows, N, T> loaded;
       loaded.load(at, x.h, inside(column, g.W) ? rows : 0u);
-#pragma unroll
+      EFFOPS_UNROLL
       for (int i = 0; i < kRows; ++i) {
-#pragma unroll
+        EFFOPS_UNROLL
         for (int open = 0; open < kOpen; ++open) {
           const int s = open * kStride + k;
           if (s >= Window::S) continue;
-#pragma unroll
+          EFFOPS_UNROLL
           for (int output = 0; output < Rows; ++output) {
             const int r = i - output * kStride;
             if (r < 0 || r >= Window::R) continue;
-#pragma unroll
+            EFFOPS_UNROLL
             for (int j = 0; j < N; ++j) sums[open][output][j] += loaded.value(i, j) * taps[r * Window::S + s][j];
           }
         }
       }
     }
     if (step >= 0) emit(q + step, sums[kOpen - 1]);
-#pragma unroll
+    EFFOPS_UNROLL
     for (int open = kOpen - 1; open >= 0; --open) {
-#pragma unroll
+      EFFOPS_UNROLL
       for (int output = 0; output < Rows; ++output) {
-#pragma unroll
+        EFFOPS_UNROLL
         for (int j = 0; j < N; ++j) sums[open][output][j] = open > 0 ? sums[open > 0 ? open - 1 : 0][output][j] : C(0);
       }
     }
@@ -174,7 +165,7 @@ EFFOPS_DEVICE void window_sums(const Map<const T>& x, const T* weight, const Siz
   const TapRange s_range = valid_taps(column, g.dilation_w, g.S, g.W);
   const T* image = x.at(n, o / g.multiplier, 0, 0);
   const T* kernels[N];
-#pragma unroll
+  EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) kernels[j] = kernel_of(weight, g, g.R * g.S, o + j);
   fill(sums, compute<T>(0));
   for (int r = r_range.begin; r < r_range.end; ++r) {
@@ -182,7 +173,7 @@ EFFOPS_DEVICE void window_sums(const Map<const T>& x, const T* weight, const Siz
     for (int s = s_range.begin; s < s_range.end; ++s) {
       compute<T> value[N];
       load_channels<N>(line + (column + s * g.dilation_w) * x.w, value);
-#pragma unroll
+      EFFOPS_UNROLL
       for (int j = 0; j < N; ++j) {
         sums[j] += value[j] * to_compute(load_global_cached(kernels[j] + r * g.S + s));
       }
