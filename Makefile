@@ -29,7 +29,8 @@ COMMIT ?=
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
-CSRC := $(shell find csrc examples tests -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \))
+CSRC := $(shell find csrc -type f ! -name '*.md')
+FORMATTED := $(shell find csrc examples tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 SANITIZED := $(CURDIR)/build/sanitized
 OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
 KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
@@ -54,12 +55,12 @@ test-all: other-triton test sanitize ## the same with more examples and every ke
 lint: $(VENV)/.lint ## ruff and clang-format; changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(CUDA_HOST)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.lint ## mends what lint complains about where a machine can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC) $(CUDA_HOST)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
 	$(PY) benchmarks/run.py all $(ARGS)

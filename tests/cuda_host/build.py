@@ -3,8 +3,7 @@
     python tests/cuda_host/build.py --sanitize thread
 
 prints the path of a shared library of csrc/cuda/kernels.h's functions, which it makes if something changed. Tests call
-`library`, which takes more sources (torch bindings, for example), `executable` for a driver with a main function, and
-`standalone`.
+`library`, `operators` for one with torch bindings, `executable` for a driver with a main function, and `standalone`.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCH_TARGET_VERSION = "0x020b000000000000"  # as in setup.py
 SANITIZERS = ("", "address", "thread", "undefined", "address,undefined")
 
 _COMMON = ("-std=c++20", "-I.", "-fPIC", "-fno-semantic-interposition", "-g1", "-Wall", "-Wextra")
@@ -43,9 +44,21 @@ SHIM = Source(ROOT / "tests" / "cuda_host" / "shim.cpp", _SCHEDULER)
 KERNELS = tuple(Source(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 
 
-def library(name: str, *more: Source, sanitize: str = "") -> Path:
+def library(name: str, *more: Source, sanitize: str = "", link: tuple[str, ...] = ()) -> Path:
     """A shared library of the kernels, the shim and more sources."""
-    return _build(f"lib{name}.so", SHIM, KERNELS + more, sanitize, "-shared")
+    return _build(f"lib{name}.so", SHIM, KERNELS + more, sanitize, "-shared", *link)
+
+
+def operators() -> Path:
+    """The library that EFFOPS_CUDA_HOST wants: torch operators on the kernels of the host run."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        raise RuntimeError("the operators of the host run are compiled against torch, which is not installed")
+    torch = Path(spec.origin).parent
+    flags = (f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
+    bindings = [ROOT / "tests" / "cuda_host" / "bindings.cpp", *sorted((ROOT / "csrc" / "bindings").glob("*.cpp"))]
+    link = ("-lstdc++", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
+    return library("effops_cuda_host", *(Source(path, flags) for path in bindings), link=link)
 
 
 def executable(name: str, *sources: Source, sanitize: str = "") -> Path:
@@ -117,7 +130,7 @@ def _locked(place: Path) -> Iterator[None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sanitize", default="", choices=SANITIZERS)
-    print(library("effops_cuda_host", sanitize=parser.parse_args().sanitize))
+    print(library("effops_cuda_kernels", sanitize=parser.parse_args().sanitize))
 
 
 if __name__ == "__main__":
