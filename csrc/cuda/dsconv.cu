@@ -23,6 +23,12 @@ struct Meeting {
 // that are read without.
 EFFOPS_HOST_DEVICE constexpr int tile_pitch(int columns, bool by_pixel) { return columns + (by_pixel ? 1 : 8); }
 
+// Blocks that shall fit a processor: 128 registers a thread, or 255 for double. A fourth of the occupancy there could be,
+// because a thread holds the product's sums (32) over the window's sums and pixels (26), their addresses and the
+// epilogue; half as many would mean half the products for each element of z. Two blocks hide each other's barriers.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
+
 template <class T>
 EFFOPS_DEVICE T* shared_at(int offset) {
   return reinterpret_cast<T*>(shared_memory<char>() + offset);
@@ -165,24 +171,28 @@ template <int V, int N, class T>
 EFFOPS_DEVICE void write_output(const Forward<T>& a, const Tables& tables, const Origin& origin, int first,
                                 const compute<T>* tile, int pitch) {
   using C = compute<T>;
-  const TensorRef& added = a.epilogue.residual;
-  const Map<const T> residual{static_cast<const T*>(added.data), added.n, added.c, added.h, added.w};
+  const TensorRef& ref = a.epilogue.residual;
+  const Map<const T> residual{static_cast<const T*>(ref.data), ref.n, ref.c, ref.h, ref.w};
   const C* affine = shared_at<C>(a.at.affine);
   walk_tile<V, N>(a.meeting.by_pixel, [&](int slot, int column) {
     const Pixel pixel = pixel_of(a.layer, tables, origin, slot);
     const int k = first + column;
     if (!pixel.inside || k >= a.layer.K) return;
-    C v[V], of_residual[V] = {};
+    C v[V];
     EFFOPS_UNROLL
     for (int j = 0; j < V; ++j) v[j] = tile[slot * pitch + column + j];
-    if (residual.data != nullptr) load_channels<V>(residual.at(pixel.n, k, pixel.p, pixel.q), of_residual);
-    finish_sums<V>(a.epilogue, affine + column, N, of_residual, v);
+    finish_sums<V>(a.epilogue, affine + column, N, v, [&](C(&sum)[V]) {
+      C added[V];
+      load_channels<V>(residual.at(pixel.n, k, pixel.p, pixel.q), added);
+      EFFOPS_UNROLL
+      for (int j = 0; j < V; ++j) sum[j] += added[j];
+    });
     store_channels<V>(a.y.at(pixel.n, k, pixel.p, pixel.q), v);
   });
 }
 
 template <class T, bool TF32, int N>
-EFFOPS_KERNEL(kThreads, 2)
+EFFOPS_KERNEL(kThreads, kBlocks<T>)
 dsconv_forward_kernel(EFFOPS_PARAMS Forward<T> a) {
   using C = compute<T>;
   using Product = BlockProduct<T, TF32, kSlots, N>;
@@ -311,7 +321,7 @@ void launch_forward(const DsconvForwardArgs& args, const Device& device, Stream 
 
 // The widest tiles: 64 x 256 sums are 64 registers of a thread; float and double have a fourth of a warp's products.
 template <class T>
-constexpr int kWidest = sizeof(T) == 2 ? 256 : sizeof(T) == 4 ? 128 : 64;
+constexpr int kWidest = sizeof(T) == 8 ? 64 : 128;
 
 template <class T, bool TF32>
 void forward(const DsconvForwardArgs& args, const Device& device, Stream stream) {

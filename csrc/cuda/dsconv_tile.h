@@ -120,10 +120,12 @@ EFFOPS_DEVICE const T* element_of(const Map<const T>& map, const Pixel& pixel) {
 }
 
 EFFOPS_DEVICE void number_slots(const Box& box, const Sizes& g, const Tables& tables) {
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < kSlots; i += kThreads) {
     const int row = i / box.columns, n = row / box.rows;
     tables.slots[i] = n < box.images ? n << 16 | row % box.rows << 8 | i % box.columns : -1;
   }
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < box.runs(); i += kThreads) {
     const int row = i / box.runs_in_row, q = i % box.runs_in_row * kRun;
     const int patch_row = row / box.rows * box.patch_rows + row % box.rows * g.stride_h;
@@ -139,6 +141,7 @@ EFFOPS_DEVICE void locate_patch(const Layer<T>& layer, const Origin& origin, ind
   const Box& box = layer.box;
   const Sizes& g = layer.g;
   const int top = origin.p * g.stride_h - g.pad_top, left = origin.q * g.stride_w - g.pad_left;
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < box.patch_pixels(); i += kThreads) {
     const int row = i / box.patch_columns;
     const int h = top + row % box.patch_rows, w = left + i % box.patch_columns;
@@ -153,6 +156,7 @@ EFFOPS_DEVICE void locate_patch(const Layer<T>& layer, const Origin& origin, ind
 template <class T, int COLUMNS, int BYTES, class RowAt>
 EFFOPS_DEVICE void copy_rows_async(T* to, int pitch, int rows, int first, int count, const RowAt& row_at) {
   constexpr int kEach = BYTES / static_cast<int>(sizeof(T)), kPieces = COLUMNS / kEach;
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < rows * kPieces; i += kThreads) {
     const int row = i / kPieces, column = i % kPieces * kEach;
     const T* from = row_at(row);
@@ -166,6 +170,7 @@ EFFOPS_DEVICE void copy_rows_async(T* to, int pitch, int rows, int first, int co
 template <class T, int COLUMNS, class RowAt>
 EFFOPS_DEVICE void copy_elements(const Reading& reading, T* to, int pitch, int rows, int first, int count,
                                  const RowAt& row_at) {
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < rows * COLUMNS; i += kThreads) {
     const int row = reading.by_row ? i % rows : i / COLUMNS;
     const int column = reading.by_row ? i / rows : i % COLUMNS;
@@ -227,6 +232,7 @@ EFFOPS_DEVICE void copy_matrix(const Layer<T>& layer, int k, int rows, int offse
 // that are absent leave values as they are.
 template <class T>
 EFFOPS_DEVICE void copy_affine(const EpilogueRef& e, int first, int count, int width, compute<T>* to) {
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < width; i += kThreads) {
     const bool live = first + i < count;
     to[i] = live && e.bias.data != nullptr ? read_channel<T>(e.bias, first + i) : compute<T>(0);
@@ -242,6 +248,7 @@ EFFOPS_DEVICE void copy_taps(const Layer<T>& layer, int first, compute<T>* to) {
   copy_affine<T>(layer.dw, first, layer.g.D, kChannels, to);
   if (layer.box.patch_rows == 0) return;
   const int taps = layer.g.R * layer.g.S;
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < taps * kChannels; i += kThreads) {
     const int o = first + i % kChannels;
     to[kAffine * kChannels + i] =
@@ -274,6 +281,7 @@ EFFOPS_UNROLL
 // One row of any window: a load for each pixel and tap.
 template <class T>
 EFFOPS_DEVICE void add_any_row(const Sizes& g, const T* x, const compute<T>* taps, compute<T> (&sums)[kRun][2]) {
+  EFFOPS_NO_UNROLL
   for (int s = 0; s < g.S; ++s) {
     const Vec<compute<T>, 2> tap = load_vec<compute<T>, 2>(taps + s * kBlockC<T>);
 EFFOPS_UNROLL
@@ -293,29 +301,32 @@ EFFOPS_DEVICE void patch_sums(const Layer<T>& layer, const T* x, const compute<T
   const Sizes& g = layer.g;
   const int next_row = g.dilation_h * layer.box.patch_columns * kPitch<T>, next_taps = g.S * kBlockC<T>;
   if (g.S == 3 && g.dilation_w == 1 && g.stride_w == 1) {
+    EFFOPS_NO_UNROLL
     for (int r = 0; r < g.R; ++r) add_row<3, 1>(x + r * next_row, taps + r * next_taps, sums);
   } else if (g.S == 3 && g.dilation_w == 1 && g.stride_w == 2) {
+    EFFOPS_NO_UNROLL
     for (int r = 0; r < g.R; ++r) add_row<3, 2>(x + r * next_row, taps + r * next_taps, sums);
   } else if (g.S == 5 && g.dilation_w == 1 && g.stride_w == 1) {
+    EFFOPS_NO_UNROLL
     for (int r = 0; r < g.R; ++r) add_row<5, 1>(x + r * next_row, taps + r * next_taps, sums);
   } else {
+    EFFOPS_NO_UNROLL
     for (int r = 0; r < g.R; ++r) add_any_row(g, x + r * next_row, taps + r * next_taps, sums);
   }
 }
 
-// The same straight from memory, for windows whose patch does not fit.
+// The same straight from memory, for windows whose patch does not fit. One at a time: the registers of eight of these
+// would cost every call the occupancy.
 template <class T>
 EFFOPS_DEVICE void gathered_sums(const Layer<T>& layer, const Pixel& pixel, int live, int o,
                                  compute<T> (&sums)[kRun][2]) {
-EFFOPS_UNROLL
-  for (int j = 0; j < kRun; ++j) {
-EFFOPS_UNROLL
-    for (int e = 0; e < 2; ++e) {
-      if (j >= live || o + e >= layer.g.D) continue;
-      compute<T> sum[1];
-      window_sums<1>(layer.x, layer.dw_weight, layer.g, pixel.n, o + e, pixel.p, pixel.q + j, sum);
-      sums[j][e] = sum[0];
-    }
+  EFFOPS_NO_UNROLL
+  for (int i = 0; i < live * 2; ++i) {
+    if (o + i % 2 >= layer.g.D) continue;
+    compute<T> sum[1];
+    window_sums<1>(layer.x, layer.dw_weight, layer.g, pixel.n, o + i % 2, pixel.p, pixel.q + i / 2, sum);
+    EFFOPS_UNROLL
+    for (int k = 0; k < kRun * 2; ++k) sums[k / 2][k % 2] = k == i ? sum[0] : sums[k / 2][k % 2];
   }
 }
 
@@ -333,6 +344,7 @@ EFFOPS_DEVICE void depthwise_sums(const Layer<T>& layer, const Tables& tables, c
                                   const T* patch, const compute<T>* taps, const Emit& emit) {
   constexpr int kPairs = kBlockC<T> / 2;
   const Box& box = layer.box;
+  EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < box.runs() * kPairs; i += kThreads) {
     RunPlace place;
     place.run = tables.runs[i / kPairs];
@@ -353,43 +365,56 @@ EFFOPS_DEVICE void depthwise_sums(const Layer<T>& layer, const Tables& tables, c
 
 // ---- epilogues ----
 
-// v: sums, element i of channel i % WIDTH; affine: the rows of copy_affine at the first channel, `next` apart.
-template <int WIDTH, int N, class C>
-EFFOPS_DEVICE void finish_sums(const EpilogueRef& e, const C* affine, int next, const C (&residual)[N], C (&v)[N]) {
+// post(act(v + bias) * scale + shift + residual) of sums v, element i of channel i % WIDTH. affine: the rows of copy_affine
+// at the first channel, `next` apart; add_residual(v) adds the residual.
+template <int WIDTH, int N, class C, class AddResidual>
+EFFOPS_DEVICE void finish_sums(const EpilogueRef& e, const C* affine, int next, C (&v)[N],
+                               const AddResidual& add_residual) {
   Vec<C, WIDTH> vectors[kAffine];
-EFFOPS_UNROLL
+  EFFOPS_UNROLL
   for (int i = 0; i < kAffine; ++i) vectors[i] = load_vec<C, WIDTH>(affine + i * next);
-EFFOPS_UNROLL
+  EFFOPS_UNROLL
   for (int i = 0; i < N; ++i) v[i] += vectors[0].v[i % WIDTH];
   activate(e.activation, static_cast<C>(e.slope), v);
-EFFOPS_UNROLL
-  for (int i = 0; i < N; ++i) v[i] = v[i] * vectors[1].v[i % WIDTH] + vectors[2].v[i % WIDTH] + residual[i];
+  EFFOPS_UNROLL
+  for (int i = 0; i < N; ++i) v[i] = v[i] * vectors[1].v[i % WIDTH] + vectors[2].v[i % WIDTH];
+  if (e.residual.data != nullptr) add_residual(v);
   activate(e.post, static_cast<C>(e.slope), v);
 }
 
-// z of the depthwise channels from `first` on, [slot][kPitch]; zeros where pixel or channel does not exist.
+// The depthwise residual of a run's pixels and channels o, o + 1. One element at a time, as in gathered_sums.
+template <class T>
+EFFOPS_DEVICE void add_depthwise_residual(const Layer<T>& layer, const RunPlace& place, int o,
+                                          compute<T> (&v)[kRun * 2]) {
+  const TensorRef& residual = layer.dw.residual;
+  const T* at = static_cast<const T*>(residual.data) + place.pixel.n * residual.n + o * residual.c +
+                place.pixel.p * residual.h + place.pixel.q * residual.w;
+  EFFOPS_NO_UNROLL
+  for (int i = 0; i < place.live * 2; ++i) {
+    if (o + i % 2 >= layer.g.D) continue;
+    const compute<T> value = to_compute(load_global_cached(at + i / 2 * residual.w + i % 2 * residual.c));
+    EFFOPS_UNROLL
+    for (int k = 0; k < kRun * 2; ++k) v[k] += k == i ? value : compute<T>(0);
+  }
+}
+
+// z of the depthwise channels from `first` on, [slot][pitch]; zeros where pixel or channel does not exist.
 template <class T>
 EFFOPS_DEVICE void depthwise_tile(const Layer<T>& layer, const Tables& tables, const Origin& origin, int first,
                                   const T* patch, const compute<T>* taps, T* z, int pitch) {
   using C = compute<T>;
-  const Map<const T> added{static_cast<const T*>(layer.dw.residual.data), layer.dw.residual.n, layer.dw.residual.c,
-                           layer.dw.residual.h, layer.dw.residual.w};
   depthwise_sums(layer, tables, origin, first, patch, taps, [&](const RunPlace& place, const C(&sums)[kRun][2]) {
-    C v[kRun * 2], residual[kRun * 2] = {};
     const int o = first + place.channel;
-EFFOPS_UNROLL
-    for (int i = 0; i < kRun * 2; ++i) {
-      v[i] = sums[i / 2][i % 2];
-      if (added.data != nullptr && i / 2 < place.live && o + i % 2 < layer.g.D) {
-        residual[i] = to_compute(*added.at(place.pixel.n, o + i % 2, place.pixel.p, place.pixel.q + i / 2));
-      }
-    }
-    finish_sums<2>(layer.dw, taps + place.channel, kBlockC<T>, residual, v);
-EFFOPS_UNROLL
+    C v[kRun * 2];
+    EFFOPS_UNROLL
+    for (int i = 0; i < kRun * 2; ++i) v[i] = sums[i / 2][i % 2];
+    finish_sums<2>(layer.dw, taps + place.channel, kBlockC<T>, v,
+                   [&](C(&sum)[kRun * 2]) { add_depthwise_residual(layer, place, o, sum); });
+    EFFOPS_UNROLL
     for (int j = 0; j < kRun; ++j) {
       if (j >= place.run.count) continue;
       C rounded[2];
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int e = 0; e < 2; ++e) rounded[e] = j < place.live && o + e < layer.g.D ? v[j * 2 + e] : C(0);
       store_channels<2>(z + (place.run.slot + j) * pitch + place.channel, rounded);
     }
@@ -400,6 +425,7 @@ EFFOPS_UNROLL
 template <class T>
 EFFOPS_DEVICE void clear_empty_slots(const Box& box, T* z, int pitch, int columns) {
   const int used = box.images * box.rows * box.columns;
+  EFFOPS_NO_UNROLL
   for (int i = used * columns + threadIdx.x; i < kSlots * columns; i += kThreads) {
     z[i / columns * pitch + i % columns] = from_compute<T>(0);
   }
