@@ -7,8 +7,10 @@
 //   memory      Shared memory is NaN when a block starts. The destination of an asynchronous copy is NaN from its issue to
 //               the wait that covers it.
 //   errors      What a device would leave undefined throws Error out of the launch: a barrier or a warp primitive which not
-//               all threads reach, a misaligned vector, more shared memory or threads than there are, copies never waited
-//               for, writes behind the block's shared memory.
+//               all threads reach, a misaligned vector, more shared memory or threads than there are, writes behind the
+//               block's shared memory.
+//   mutations   Any barrier or wait of a kernel can be left out by its place in the source (Settings::removed), and launches
+//               can be left unordered (Settings::overlap), so that tests can see whether anybody notices.
 #pragma once
 
 #include <cstddef>
@@ -17,6 +19,7 @@
 #include <source_location>
 #include <stdexcept>
 #include <type_traits>
+#include <vector>
 
 struct dim3 {
   unsigned x, y, z;
@@ -35,12 +38,23 @@ struct Error : std::runtime_error {
 
 enum class Order { forward, backward, shuffled };  // in which threads that could go on are chosen
 
+// Where a kernel waits: what a mutation can leave out.
+struct Site {
+  const char* file = "";
+  unsigned line = 0;
+
+  friend bool operator==(const Site& a, const Site& b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
+};
+
 struct Settings {
   int blocks_in_flight = 0;  // of each launch; 0: as many as suit the sanitizer
   Order order = Order::forward;
   unsigned seed = 1;             // of Order::shuffled
   bool overlap = false;          // launches wait for `synchronize`, which runs them side by side, the last one first
   int shared_limit = 227 << 10;  // bytes of shared memory that a block is granted
+  Site removed;                  // this barrier or wait is not there
+  bool record = false;           // whether `sites` is filled; not for ThreadSanitizer, which would see that
+  std::vector<Site> sites;       // the barriers and waits that were met
 };
 
 Settings& settings();
@@ -77,17 +91,25 @@ struct Lanes {
   alignas(16) unsigned char in[kWarp][kBytes];
   alignas(16) unsigned char out[kWarp][kBytes];
 };
-void collective(Collective kind, const void* in, std::size_t bytes_in, void* out, std::size_t bytes_out,
-                void (*compute)(Lanes&, int), int parameter, const Where& where);
+using Compute = void (*)(Lanes&, int parameter);
+struct Deposit {
+  const void* from;
+  std::size_t bytes;  // a multiple of 4
+};
+struct Receipt {
+  void* to;
+  std::size_t bytes;
+};
+void collective(Collective kind, Deposit given, Receipt taken, Compute compute, int parameter, const Where& where);
 
 void shuffle_xor_lanes(Lanes& lanes, int mask);
 void shuffle_down_lanes(Lanes& lanes, int delta);
 
 template <class T>
-T shuffle(T value, void (*compute)(Lanes&, int), int parameter, const Where& where) {
+T shuffle(T value, Compute compute, int parameter, const Where& where) {
   static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8));
   T taken;
-  collective(Collective::shuffle, &value, sizeof(T), &taken, sizeof(T), compute, parameter, where);
+  collective(Collective::shuffle, {&value, sizeof(T)}, {&taken, sizeof(T)}, compute, parameter, where);
   return taken;
 }
 template <class T>
@@ -107,8 +129,9 @@ struct Copy {
   int group;
   alignas(16) unsigned char from[16];
 };
-void remember_copy(const Copy& copy, const Where& where);  // gives it to the group that is next committed
-bool next_landing(int groups_left, Copy& copy);            // takes out a copy that a wait covers; false: none is left
+void remember_copy(const Copy& copy);            // gives it to the group that is next committed
+bool next_landing(int groups_left, Copy& copy);  // takes out a copy that a wait covers; false: none is left
+bool is_removed(const Where& where);
 void copy_async_commit();
 
 // Reads the source now, so that a sanitizer names the line that asked for it.
@@ -122,13 +145,19 @@ void copy_async(void* shared, const void* global, int valid_bytes, Where where =
   const auto* from = static_cast<const unsigned char*>(global);
   for (int i = 0; i < valid_bytes; ++i) copy.from[i] = from[i];
   std::memset(shared, 0xff, kBytes);
-  remember_copy(copy, where);
+  remember_copy(copy);
+}
+
+constexpr int kAllGroups = -1;  // of copies without a commit too
+
+inline void land(int groups_left) {
+  Copy copy;
+  while (next_landing(groups_left, copy)) std::memcpy(copy.to, copy.from, copy.bytes);
 }
 
 template <int kGroups>
-void copy_async_wait() {
-  Copy copy;
-  while (next_landing(kGroups, copy)) std::memcpy(copy.to, copy.from, copy.bytes);
+void copy_async_wait(Where where = Where::current()) {
+  if (!is_removed(where)) land(kGroups);
 }
 
 // ---- matrix fragments ----
@@ -138,16 +167,16 @@ void load_matrix_transposed_lanes(Lanes& lanes, int count);
 
 // Each lane reads the row it names itself: to a sanitizer the access is its own.
 template <int kCount>
-void load_matrix(std::uint32_t (&loaded)[kCount], const void* row, void (*compute)(Lanes&, int), const Where& where) {
+void load_matrix(std::uint32_t (&loaded)[kCount], const void* row, Compute compute, const Where& where) {
   const unsigned lane =
       (place.thread.x + place.block_dim.x * (place.thread.y + place.block_dim.y * place.thread.z)) % kWarp;
-  unsigned char elements[16] = {};
+  alignas(16) unsigned char elements[16] = {};
   if (lane < 8 * kCount) {
     check_aligned(row, 16, where);
     check_shared(row, 16, where);
     std::memcpy(elements, row, 16);
   }
-  collective(Collective::load_matrix, elements, 16, loaded, 4 * kCount, compute, kCount, where);
+  collective(Collective::load_matrix, {elements, 16}, {loaded, 4 * kCount}, compute, kCount, where);
 }
 inline void load_matrix_x4(std::uint32_t (&loaded)[4], const void* row, Where where = Where::current()) {
   load_matrix(loaded, row, load_matrix_lanes, where);
@@ -233,6 +262,7 @@ void launch(void (*function)(Params), dim3 grid, dim3 block, std::size_t shared_
   static_assert(std::is_trivially_copyable_v<Params> && sizeof(Params) <= 4096);
   const Kernel kernel{reinterpret_cast<void (*)()>(function), [](void (*erased)(), const void* given) {
                         reinterpret_cast<void (*)(Params)>(erased)(*static_cast<const Params*>(given));
+                        land(kAllGroups);
                       }};
   launch(kernel, grid, block, shared_bytes, &params, sizeof(params), where);
 }
