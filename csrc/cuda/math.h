@@ -225,23 +225,30 @@ EFFOPS_DEVICE void times_slope_from_output(Activation activation, C slope, const
 
 // ---- the epilogue on N channels of one pixel ----
 
-// Kernels take an EpilogueRef as it is; `bias` has been added to v already, `residual` is zeros where there is none.
-template <class T, int N>
-EFFOPS_DEVICE void apply_epilogue(const EpilogueRef& e, int o, const compute<T> (&residual)[N], compute<T> (&v)[N]) {
+// Kernels take an EpilogueRef as it is. v: M / N pixels of N channels each, from o on, to which `bias` has been added
+// already; `residual` is zeros where there is none. Several pixels at a time share the branches and the vectors.
+template <class T, int N, int M>
+EFFOPS_DEVICE void apply_epilogue_rows(const EpilogueRef& e, int o, const compute<T> (&residual)[M],
+                                       compute<T> (&v)[M]) {
   using C = compute<T>;
   const C slope = static_cast<C>(e.slope);
   activate(e.activation, slope, v);
-  if (e.scale.data != nullptr) {
+  if (e.scale.data != nullptr || e.shift.data != nullptr) {
+    C scale[N], shift[N];
+    read_channels<T>(e.scale, o, C(1), scale);
+    read_channels<T>(e.shift, o, C(0), shift);
     EFFOPS_UNROLL
-    for (int j = 0; j < N; ++j) v[j] *= read_channel<T>(e.scale, o + j);
-  }
-  if (e.shift.data != nullptr) {
-    EFFOPS_UNROLL
-    for (int j = 0; j < N; ++j) v[j] += read_channel<T>(e.shift, o + j);
+    for (int j = 0; j < M; ++j) v[j] = v[j] * scale[j % N] + shift[j % N];
   }
   EFFOPS_UNROLL
-  for (int j = 0; j < N; ++j) v[j] += residual[j];
+  for (int j = 0; j < M; ++j) v[j] += residual[j];
   activate(e.post, slope, v);
+}
+
+// The same for one pixel.
+template <class T, int N>
+EFFOPS_DEVICE void apply_epilogue(const EpilogueRef& e, int o, const compute<T> (&residual)[N], compute<T> (&v)[N]) {
+  apply_epilogue_rows<T, N>(e, o, residual, v);
 }
 
 // What the gradient of an epilogue gives at one pixel besides that of the sums.

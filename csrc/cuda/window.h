@@ -36,6 +36,11 @@ struct Window {
   }
 };
 
+// One that only the Sizes know.
+struct AnyWindow {
+  static constexpr int R = 1, S = 1, kStride = 1, kTaps = 1;
+};
+
 // The taps t in [begin, end) of an axis for which start + t * dilation lies inside [0, size).
 struct TapRange {
   int begin, end;
@@ -62,15 +67,24 @@ EFFOPS_DEVICE void load_taps(const T* weight, const Sizes& g, int o, bool turned
                              compute<T> (&taps)[Window::kTaps][N]) {
   EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) {
-    const T* kernel = kernel_of(weight, g, Window::kTaps, o + j);
+    const T* tap = kernel_of(weight, g, Window::kTaps, o + j) + (turned ? Window::kTaps - 1 : 0);
     EFFOPS_UNROLL
-    for (int t = 0; t < Window::kTaps; ++t) {
-      taps[t][j] = to_compute(load_global_cached(kernel + (turned ? Window::kTaps - 1 - t : t)));
-    }
+    for (int t = 0; t < Window::kTaps; ++t, tap += turned ? -1 : 1) taps[t][j] = to_compute(load_global_cached(tap));
   }
 }
 
 // ---- sums ----
+
+// Rows of a window are told apart in 32 bits: one multiply-add an address.
+template <class T>
+EFFOPS_DEVICE int row_stride_of(const Map<T>& map) {
+  return static_cast<int>(map.h);
+}
+// Whether they can be.
+inline bool short_rows(const TensorRef& map) {
+  constexpr index_t kRowsOfAnyCell = 32;
+  return map.h * kRowsOfAnyCell <= std::numeric_limits<int>::max();
+}
 
 // One column of a strip: the values of N channels in Rows consecutive rows from `row` on; zeros outside the map. All
 // accesses are issued before the first is used.
@@ -78,8 +92,8 @@ template <int Rows, int N, class T>
 struct Column {
   Vec<T, N> raw[Rows];
 
-  // at: the element of this column in row `row`, which need not exist.
-  EFFOPS_DEVICE void load(const T* at, index_t row_stride, unsigned rows) {
+  // at: the element of this column in row `row`, which need not exist. row_stride: see short_rows().
+  EFFOPS_DEVICE void load(const T* at, int row_stride, unsigned rows) {
     EFFOPS_UNROLL
     for (int i = 0; i < Rows; ++i) {
       if (rows >> i & 1) {
@@ -122,11 +136,12 @@ EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, 
   int column = q * kStride - g.pad_left;
   const unsigned rows = rows_inside<kRows>(row, g.H);
   const T* at = image + row * x.h + column * x.w;
+  EFFOPS_NO_UNROLL
   for (int step = 1 - kOpen; step < count; ++step) {
     EFFOPS_UNROLL
     for (int k = 0; k < kStride; ++k, ++column, at += x.w) {
       Column<kRows, N, T> loaded;
-      loaded.load(at, x.h, inside(column, g.W) ? rows : 0u);
+      loaded.load(at, row_stride_of(x), inside(column, g.W) ? rows : 0u);
       EFFOPS_UNROLL
       for (int i = 0; i < kRows; ++i) {
         EFFOPS_UNROLL
@@ -155,21 +170,48 @@ EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, 
   }
 }
 
+// The same for one output column, where neighbouring threads own neighbouring columns and share its input in L1.
+template <class Window, int Rows, int N, class T>
+EFFOPS_DEVICE void column_sums(const Map<const T>& x, const T* image, const Sizes& g, int p, int q,
+                               const compute<T> (&taps)[Window::kTaps][N], compute<T> (&sums)[Rows][N]) {
+  constexpr int kRows = (Rows - 1) * Window::kStride + Window::R;
+  const int row = p * Window::kStride - g.pad_top, column = q * Window::kStride - g.pad_left;
+  const unsigned rows = rows_inside<kRows>(row, g.H);
+  const T* at = image + row * x.h + column * x.w;
+  EFFOPS_UNROLL
+  for (int output = 0; output < Rows; ++output) fill(sums[output], compute<T>(0));
+  EFFOPS_UNROLL
+  for (int s = 0; s < Window::S; ++s, at += x.w) {
+    Column<kRows, N, T> loaded;
+    loaded.load(at, row_stride_of(x), inside(column + s, g.W) ? rows : 0u);
+    EFFOPS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      EFFOPS_UNROLL
+      for (int output = 0; output < Rows; ++output) {
+        const int r = i - output * Window::kStride;
+        if (r < 0 || r >= Window::R) continue;
+        EFFOPS_UNROLL
+        for (int j = 0; j < N; ++j) sums[output][j] += loaded.value(i, j) * taps[r * Window::S + s][j];
+      }
+    }
+  }
+}
+
 // The sums of output channels o .. o + N - 1 at one pixel for any window, stride and dilation, in a loop over the taps.
 // N > 1 wants channels side by side and multiplier 1.
-template <int N, class T>
-EFFOPS_DEVICE void window_sums(const Map<const T>& x, const T* weight, const Sizes& g, index_t n, int o, int p, int q,
+template <int N, class In, class T>
+EFFOPS_DEVICE void window_sums(const Map<const In>& x, const T* weight, const Sizes& g, index_t n, int o, int p, int q,
                                compute<T> (&sums)[N]) {
   const int row = p * g.stride_h - g.pad_top, column = q * g.stride_w - g.pad_left;
   const TapRange r_range = valid_taps(row, g.dilation_h, g.R, g.H);
   const TapRange s_range = valid_taps(column, g.dilation_w, g.S, g.W);
-  const T* image = x.at(n, o / g.multiplier, 0, 0);
+  const In* image = x.at(n, o / g.multiplier, 0, 0);
   const T* kernels[N];
   EFFOPS_UNROLL
   for (int j = 0; j < N; ++j) kernels[j] = kernel_of(weight, g, g.R * g.S, o + j);
   fill(sums, compute<T>(0));
   for (int r = r_range.begin; r < r_range.end; ++r) {
-    const T* line = image + (row + r * g.dilation_h) * x.h;
+    const In* line = image + (row + r * g.dilation_h) * x.h;
     for (int s = s_range.begin; s < s_range.end; ++s) {
       compute<T> value[N];
       load_channels<N>(line + (column + s * g.dilation_w) * x.w, value);
