@@ -485,7 +485,7 @@ inline Box box_of(const Sizes& g, index_t N, int rows, int columns) {
   box.rows = rows;
   box.columns = columns;
   const bool whole = rows == g.P && columns == g.Q;
-  box.images = whole ? static_cast<int>(std::min<index_t>(N, kSlots / (rows * columns))) : 1;
+  box.images = whole ? static_cast<int>(std::clamp<index_t>(N, 1, kSlots / (rows * columns))) : 1;
   box.down = ceil_div(g.P, rows);
   box.across = ceil_div(g.Q, columns);
   box.runs_in_row = ceil_div(columns, kRun);
