@@ -72,8 +72,8 @@ struct Kept {
 };
 
 template <int V, class T>
-EFFOPS_DEVICE void keep_channels(const Layer<T>& layer, const Tables& tables, const Origin& origin,
-                                 const Kept<T>& kept, int first, const T* z) {
+EFFOPS_DEVICE void keep_channels(const Layer<T>& layer, const Tables& tables, const Origin& origin, const Kept<T>& kept,
+                                 int first, const T* z) {
   walk_tile<V, kBlockC<T>>(kept.meeting.by_pixel, [&](int slot, int column) {
     const int c = first + column - kept.first;
     const Pixel pixel = pixel_of(layer, tables, origin, slot);
@@ -114,7 +114,7 @@ class PointwiseSums {
         rows = z;
       }
       product.template add<RowHolds::sum, RowHolds::sum, kBlockC<T>>(rows, kPitch<T>, part<T>(block, at_.matrix),
-                                                                    kPitch<T>);
+                                                                     kPitch<T>);
     }
     barrier();
   }
@@ -314,8 +314,8 @@ struct OutputGradient {
   int lines;  // in the stages, behind the tile
   EpilogueRef epilogue;
   Meeting meeting;
-  bool recompute;             // the sums themselves
-  Map<const T> grad, saved;   // saved: the output, where it tells the derivative
+  bool recompute;            // the sums themselves
+  Map<const T> grad, saved;  // saved: the output, where it tells the derivative
   Map<T> du, residual_grad;
   Partial<compute<T>> partial;
 };
@@ -326,28 +326,27 @@ EFFOPS_DEVICE void write_output_gradient(const OutputGradient<T>& a, const Table
   using C = compute<T>;
   const C* bias = shared_at<C>(a.at.affine);
   const EpilogueBackward<V, T> backward{a.epilogue, a.residual_grad};
-  walk_and_sum<V, N>(
-      a.meeting.by_pixel, shared_at<C>(a.lines), a.partial, tile_index, first,
-      [&](int slot, int column, C(&terms)[kAffine][V]) {
-        const Pixel pixel = pixel_of(a.layer, tables, origin, slot);
-        const int k = first + column;
-        if (!pixel.inside || k >= a.layer.K) return;
-        C g[V], u[V] = {};
-        load_channels<V>(a.grad.at(pixel.n, k, pixel.p, pixel.q), g);
-        if (a.saved.data != nullptr) {
-          load_channels<V>(a.saved.at(pixel.n, k, pixel.p, pixel.q), u);
-          epilogue_gradient_from_output<T>(a.epilogue, u, g);
-          EFFOPS_UNROLL
-          for (int j = 0; j < V; ++j) terms[0][j] = g[j];
-        } else {
-          if (a.recompute) {
-            EFFOPS_UNROLL
-            for (int j = 0; j < V; ++j) u[j] = tile[slot * pitch + column + j] + bias[column + j];
-          }
-          backward.run(pixel, k, u, g, terms);
-        }
-        if (a.du.data != nullptr) store_channels<V>(a.du.at(pixel.n, k, pixel.p, pixel.q), g);
-      });
+  walk_and_sum<V, N>(a.meeting.by_pixel, shared_at<C>(a.lines), a.partial, tile_index, first,
+                     [&](int slot, int column, C(&terms)[kAffine][V]) {
+                       const Pixel pixel = pixel_of(a.layer, tables, origin, slot);
+                       const int k = first + column;
+                       if (!pixel.inside || k >= a.layer.K) return;
+                       C g[V], u[V] = {};
+                       load_channels<V>(a.grad.at(pixel.n, k, pixel.p, pixel.q), g);
+                       if (a.saved.data != nullptr) {
+                         load_channels<V>(a.saved.at(pixel.n, k, pixel.p, pixel.q), u);
+                         epilogue_gradient_from_output<T>(a.epilogue, u, g);
+                         EFFOPS_UNROLL
+                         for (int j = 0; j < V; ++j) terms[0][j] = g[j];
+                       } else {
+                         if (a.recompute) {
+                           EFFOPS_UNROLL
+                           for (int j = 0; j < V; ++j) u[j] = tile[slot * pitch + column + j] + bias[column + j];
+                         }
+                         backward.run(pixel, k, u, g, terms);
+                       }
+                       if (a.du.data != nullptr) store_channels<V>(a.du.at(pixel.n, k, pixel.p, pixel.q), g);
+                     });
 }
 
 template <class T, bool TF32, int N>
@@ -445,7 +444,7 @@ EFFOPS_DEVICE void multiply_by_matrix(const ZGradient<T>& a, const Tables& table
     barrier();
     if (step + 1 < steps) copy(step + 1);
     product.template add<RowHolds::sum, RowHolds::outer, kDepth<T>>(part(step, 0), kDuPitch, part(step, a.at.matrix),
-                                                                   kMatrixPitch);
+                                                                    kMatrixPitch);
   }
   barrier();
 }
@@ -582,7 +581,7 @@ struct MatrixGradient {
   MatrixGradientAt at;
   Map<const T> du;
   Reading read_du;
-  int tiles, steps;  // of pixels; of them, those that a block takes
+  int tiles, steps;     // of pixels; of them, those that a block takes
   compute<T>* partial;  // [blocks of steps][K][passed + D]
 };
 
@@ -615,7 +614,7 @@ class MatrixSums {
       locate(tile + 2);
       barrier();
       product.template add<RowHolds::outer, RowHolds::outer, kSlots>(part(tile, 0), kDuPitch, part(tile, a_.at.z),
-                                                                    kZPitch);
+                                                                     kZPitch);
     }
     barrier();
   }
@@ -667,8 +666,8 @@ class MatrixSums {
     const Origin origin = origin_of(a_.layer.box, tile);
     EFFOPS_NO_UNROLL
     for (int c = 0; c < kN; c += kBlockC<T>) {
-      depthwise_tile(a_.layer, tables(tile), origin, block_.first + c, patch(tile, c), taps(c),
-                     part(tile, a_.at.z) + c, kZPitch);
+      depthwise_tile(a_.layer, tables(tile), origin, block_.first + c, patch(tile, c), taps(c), part(tile, a_.at.z) + c,
+                     kZPitch);
     }
   }
 
@@ -841,8 +840,8 @@ class Backward {
     if (vectors(args.dw_grads)) dw_partial_ = take(partial_bytes<C>(z_lines_, kAffine, g_.D));
     if (args.grad_pw_weight) matrix_partial_ = take(partial_bytes<C>(parts_, 1, forward_.K * columns()));
     if (args.grad_dw_weight) {
-      weight_scratch_ = take(depthwise_weight_gradient_scratch(dtype_of<T>, forward_.g, gradient(sums_grad_map(nullptr)),
-                                                               forward_.input, device));
+      weight_scratch_ = take(depthwise_weight_gradient_scratch(
+          dtype_of<T>, forward_.g, gradient(sums_grad_map(nullptr)), forward_.input, device));
     }
   }
 
@@ -929,7 +928,7 @@ class Backward {
   }
 
   static std::size_t output_lines_bytes(int width) {
-    return kThreads / (width / kVector<T>) * kAffine * width * sizeof(C);
+    return kThreads / (width / kVector<T>)*kAffine * width * sizeof(C);
   }
 
   static int carve_tail(const Sizes& g, const Box& box, Carver& all, ZGradientAt& at) {
@@ -1087,9 +1086,8 @@ void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, bool tf32, const Dev
 }
 
 std::size_t dsconv_bwd_scratch(DType dtype, const DsconvBackwardArgs& args, const Device& device) {
-  return with_types(dtype, false, [&](auto element, auto) {
-    return Backward<decltype(element)>(args, device).scratch_bytes();
-  });
+  return with_types(dtype, false,
+                    [&](auto element, auto) { return Backward<decltype(element)>(args, device).scratch_bytes(); });
 }
 
 void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, bool tf32, const Device& device, void* scratch,

@@ -41,8 +41,8 @@ EFFOPS_HOST_DEVICE constexpr I ceil_div(I a, I b) {
 // Slot i of a box is pixel i in the order image, row, column; what is left of the 64 slots is empty.
 struct Box {
   int images, rows, columns;
-  int down, across;                // boxes along P and Q
-  int patch_rows, patch_columns;   // input under one image of the box; 0: read from memory as it is needed
+  int down, across;               // boxes along P and Q
+  int patch_rows, patch_columns;  // input under one image of the box; 0: read from memory as it is needed
   int runs_in_row;
 
   EFFOPS_HOST_DEVICE int runs() const { return images * rows * runs_in_row; }
@@ -203,20 +203,18 @@ EFFOPS_DEVICE void copy_rows(const Reading& reading, T* to, int pitch, int rows,
 template <class T>
 EFFOPS_DEVICE void copy_patch(const Layer<T>& layer, const index_t* patch_at, int first, T* patch) {
   const Box& box = layer.box;
-  copy_rows<T, kBlockC<T>>(layer.read_x, patch, kPitch<T>, box.patch_pixels(), first,
-                           layer.g.D, [&](int i) {
-                             const index_t at = patch_at[i];
-                             return at < 0 ? nullptr : layer.x.data + at;
-                           });
+  copy_rows<T, kBlockC<T>>(layer.read_x, patch, kPitch<T>, box.patch_pixels(), first, layer.g.D, [&](int i) {
+    const index_t at = patch_at[i];
+    return at < 0 ? nullptr : layer.x.data + at;
+  });
 }
 
 // A map's pixels under the box, slot by slot.
 template <class T, int COLUMNS>
 EFFOPS_DEVICE void copy_slots(const Layer<T>& layer, const Tables& tables, const Origin& origin,
                               const Map<const T>& map, const Reading& reading, int first, int count, T* to, int pitch) {
-  copy_rows<T, COLUMNS>(reading, to, pitch, kSlots, first, count, [&](int slot) {
-    return element_of(map, pixel_of(layer, tables, origin, slot));
-  });
+  copy_rows<T, COLUMNS>(reading, to, pitch, kSlots, first, count,
+                        [&](int slot) { return element_of(map, pixel_of(layer, tables, origin, slot)); });
 }
 
 // `rows` rows of the pointwise matrix from row k on, its columns offset + first ..., of the `count` from `offset` on.
@@ -252,9 +250,8 @@ EFFOPS_DEVICE void copy_taps(const Layer<T>& layer, int first, compute<T>* to) {
   for (int i = threadIdx.x; i < taps * kChannels; i += kThreads) {
     const int o = first + i % kChannels;
     to[kAffine * kChannels + i] =
-        o < layer.g.D
-            ? to_compute(load_global_cached(kernel_of(layer.dw_weight, layer.g, taps, o) + i / kChannels))
-            : compute<T>(0);
+        o < layer.g.D ? to_compute(load_global_cached(kernel_of(layer.dw_weight, layer.g, taps, o) + i / kChannels))
+                      : compute<T>(0);
   }
 }
 
@@ -265,14 +262,14 @@ template <int S, int STRIDE, class T>
 EFFOPS_DEVICE void add_row(const T* x, const compute<T>* taps, compute<T> (&sums)[kRun][2]) {
   constexpr int kColumns = (kRun - 1) * STRIDE + S;
   compute<T> v[kColumns][2];
-EFFOPS_UNROLL
+  EFFOPS_UNROLL
   for (int i = 0; i < kColumns; ++i) load_channels<2>(x + i * kPitch<T>, v[i]);
-EFFOPS_UNROLL
+  EFFOPS_UNROLL
   for (int s = 0; s < S; ++s) {
     const Vec<compute<T>, 2> tap = load_vec<compute<T>, 2>(taps + s * kBlockC<T>);
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int j = 0; j < kRun; ++j) {
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int e = 0; e < 2; ++e) sums[j][e] += v[j * STRIDE + s][e] * tap.v[e];
     }
   }
@@ -284,11 +281,11 @@ EFFOPS_DEVICE void add_any_row(const Sizes& g, const T* x, const compute<T>* tap
   EFFOPS_NO_UNROLL
   for (int s = 0; s < g.S; ++s) {
     const Vec<compute<T>, 2> tap = load_vec<compute<T>, 2>(taps + s * kBlockC<T>);
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int j = 0; j < kRun; ++j) {
       compute<T> v[2];
       load_channels<2>(x + (j * g.stride_w + s * g.dilation_w) * kPitch<T>, v);
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int e = 0; e < 2; ++e) sums[j][e] += v[e] * tap.v[e];
     }
   }
@@ -296,8 +293,7 @@ EFFOPS_UNROLL
 
 // x: the run's first tap; taps: of its pair of channels.
 template <class T>
-EFFOPS_DEVICE void patch_sums(const Layer<T>& layer, const T* x, const compute<T>* taps,
-                              compute<T> (&sums)[kRun][2]) {
+EFFOPS_DEVICE void patch_sums(const Layer<T>& layer, const T* x, const compute<T>* taps, compute<T> (&sums)[kRun][2]) {
   const Sizes& g = layer.g;
   const int next_row = g.dilation_h * layer.box.patch_columns * kPitch<T>, next_taps = g.S * kBlockC<T>;
   if (g.S == 3 && g.dilation_w == 1 && g.stride_w == 1) {
@@ -409,7 +405,7 @@ EFFOPS_DEVICE void depthwise_tile(const Layer<T>& layer, const Tables& tables, c
     EFFOPS_UNROLL
     for (int i = 0; i < kRun * 2; ++i) v[i] = sums[i / 2][i % 2];
     finish_sums<2>(layer.dw, taps + place.channel, kBlockC<T>, v,
-                   [&](C(&sum)[kRun * 2]) { add_depthwise_residual(layer, place, o, sum); });
+                   [&](C(&sum)[kRun* 2]) { add_depthwise_residual(layer, place, o, sum); });
     EFFOPS_UNROLL
     for (int j = 0; j < kRun; ++j) {
       if (j >= place.run.count) continue;
@@ -492,9 +488,7 @@ inline Box box_of(const Sizes& g, index_t N, int rows, int columns) {
   return box;
 }
 
-inline index_t tiles_of(const Box& box, index_t N) {
-  return ceil_div<index_t>(N, box.images) * box.down * box.across;
-}
+inline index_t tiles_of(const Box& box, index_t N) { return ceil_div<index_t>(N, box.images) * box.down * box.across; }
 
 // The box whose slots, and whose patches, are the fewest over all pixels. A patch has at most `max_pixels`.
 inline Box choose_box(const Sizes& g, index_t N, int max_pixels) {

@@ -28,7 +28,7 @@ enum class RowHolds { sum, outer };
 // Elements between the rows of a tile: an odd number of 16-byte pieces, so that ldmatrix meets no bank twice; tiles of
 // 4-byte elements whose rows hold the outer axis are read eight columns of four rows at a time.
 template <class T>
-constexpr int padded_pitch(int columns, RowHolds holds = RowHolds::sum) {
+EFFOPS_HOST_DEVICE constexpr int padded_pitch(int columns, RowHolds holds = RowHolds::sum) {
   return columns + (sizeof(T) == 4 && holds == RowHolds::outer ? 8 : 16 / static_cast<int>(sizeof(T)));
 }
 
@@ -49,11 +49,11 @@ template <int M, int N>
 class FragmentSums {
  public:
   EFFOPS_DEVICE void clear() {
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int i = 0; i < kTilesM; ++i) {
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < kTilesN; ++j) {
-EFFOPS_UNROLL
+        EFFOPS_UNROLL
         for (int e = 0; e < 4; ++e) sums_[i][j][e] = 0;
       }
     }
@@ -62,11 +62,11 @@ EFFOPS_UNROLL
   EFFOPS_DEVICE void store(float* tile, int pitch) const {
     const int lane = threadIdx.x % 32;
     float* to = tile + (Grid::row() + lane / 4) * pitch + Grid::column() + lane % 4 * 2;
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int i = 0; i < kTilesM; ++i) {
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < kTilesN; ++j) {
-EFFOPS_UNROLL
+        EFFOPS_UNROLL
         for (int e = 0; e < 4; ++e) to[(i * 16 + e / 2 * 8) * pitch + j * 8 + e % 2] = sums_[i][j][e];
       }
     }
@@ -87,17 +87,17 @@ class TensorProduct16 : public FragmentSums<M, N> {
   template <RowHolds A, RowHolds B, int DEPTH>
   EFFOPS_DEVICE void add(const T* a, int pitch_a, const T* b, int pitch_b) {
     static_assert(DEPTH % 16 == 0);
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int d = 0; d < DEPTH; d += 16) {
       std::uint32_t of_a[Base::kTilesM][4];
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int i = 0; i < Base::kTilesM; ++i) load_a<A>(of_a[i], a, pitch_a, Grid::row() + i * 16, d);
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < Base::kTilesN; j += 2) {
         std::uint32_t of_b[4];
         load_b<B>(of_b, b, pitch_b, Grid::column() + j * 8, d);
         const std::uint32_t left[2] = {of_b[0], of_b[1]}, right[2] = {of_b[2], of_b[3]};
-EFFOPS_UNROLL
+        EFFOPS_UNROLL
         for (int i = 0; i < Base::kTilesM; ++i) {
           mma_m16n8k16<T>(this->sums_[i][j], of_a[i], left);
           mma_m16n8k16<T>(this->sums_[i][j + 1], of_a[i], right);
@@ -143,21 +143,21 @@ class TensorProductTf32 : public FragmentSums<M, N> {
   EFFOPS_DEVICE void add(const float* a, int pitch_a, const float* b, int pitch_b) {
     static_assert(DEPTH % 8 == 0);
     const int lane = threadIdx.x % 32, outer = lane / 4, inner = lane % 4;
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int d = 0; d < DEPTH; d += 8) {
       std::uint32_t of_a[Base::kTilesM][4];
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int i = 0; i < Base::kTilesM; ++i) {
-EFFOPS_UNROLL
+        EFFOPS_UNROLL
         for (int e = 0; e < 4; ++e) {
           of_a[i][e] = element<A>(a, pitch_a, Grid::row() + i * 16 + outer + e % 2 * 8, d + inner + e / 2 * 4);
         }
       }
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < Base::kTilesN; ++j) {
         const int n = Grid::column() + j * 8 + outer;
         const std::uint32_t of_b[2] = {element<B>(b, pitch_b, n, d + inner), element<B>(b, pitch_b, n, d + inner + 4)};
-EFFOPS_UNROLL
+        EFFOPS_UNROLL
         for (int i = 0; i < Base::kTilesM; ++i) mma_m16n8k8_tf32(this->sums_[i][j], of_a[i], of_b);
       }
     }
@@ -177,9 +177,9 @@ class FmaProduct {
 
  public:
   EFFOPS_DEVICE void clear() {
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int i = 0; i < kRows; ++i) {
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < kColumns; ++j) sums_[i][j] = 0;
     }
   }
@@ -188,17 +188,17 @@ EFFOPS_UNROLL
   EFFOPS_DEVICE void add(const T* a, int pitch_a, const T* b, int pitch_b) {
     // 16 bytes of each row at a time where both tiles' rows go along the sum.
     constexpr int kStep = A == RowHolds::sum && B == RowHolds::sum ? 16 / static_cast<int>(sizeof(T)) : 1;
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int d = 0; d < DEPTH; d += kStep) {
       Vec<T, kStep> of_a[kRows];
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int i = 0; i < kRows; ++i) of_a[i] = elements<A, kStep>(a, pitch_a, y() + i * 16, d);
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < kColumns; ++j) {
         const Vec<T, kStep> of_b = elements<B, kStep>(b, pitch_b, x() + j * 16, d);
-EFFOPS_UNROLL
+        EFFOPS_UNROLL
         for (int i = 0; i < kRows; ++i) {
-EFFOPS_UNROLL
+          EFFOPS_UNROLL
           for (int e = 0; e < kStep; ++e) sums_[i][j] += of_a[i].v[e] * of_b.v[e];
         }
       }
@@ -206,9 +206,9 @@ EFFOPS_UNROLL
   }
 
   EFFOPS_DEVICE void store(T* tile, int pitch) const {
-EFFOPS_UNROLL
+    EFFOPS_UNROLL
     for (int i = 0; i < kRows; ++i) {
-EFFOPS_UNROLL
+      EFFOPS_UNROLL
       for (int j = 0; j < kColumns; ++j) tile[(y() + i * 16) * pitch + x() + j * 16] = sums_[i][j];
     }
   }
@@ -230,8 +230,7 @@ EFFOPS_UNROLL
 };
 
 template <class T, bool TF32, int M, int N>
-using BlockProduct =
-    std::conditional_t<sizeof(T) == 2, TensorProduct16<T, M, N>,
-                       std::conditional_t<TF32, TensorProductTf32<M, N>, FmaProduct<T, M, N>>>;
+using BlockProduct = std::conditional_t<sizeof(T) == 2, TensorProduct16<T, M, N>,
+                                        std::conditional_t<TF32, TensorProductTf32<M, N>, FmaProduct<T, M, N>>>;
 
 }  // namespace effops::cuda
