@@ -51,6 +51,8 @@ def library(name: str, *more: Source, sanitize: str = "", link: tuple[str, ...] 
 
 def operators() -> Path:
     """The library that EFFOPS_CUDA_HOST wants: torch operators on the kernels of the host run."""
+    if not KERNELS:
+        raise RuntimeError(f"the sources of the CUDA kernels are not in {ROOT}")
     spec = importlib.util.find_spec("torch")
     if spec is None or spec.origin is None:
         raise RuntimeError("the operators of the host run are compiled against torch, which is not installed")
