@@ -4,7 +4,7 @@
 
 translates every csrc/cuda/*.cu to PTX, assembles that for sm_80, sm_90 and sm_100, and holds what the assembler says
 about each kernel against `GPUS` and `MIN_OCCUPANCY`. How many threads and how much shared memory a kernel is launched
-with comes from its own host functions, called for the problems of cuda_host/launches.cu in the host run, which only
+with comes from its own host functions, called for the problems of cuda_host/problems.cu in the host run, which only
 writes launches down. Nothing is run: these are the compiler's figures, not a GPU's. The exit status is 1 where a limit
 is passed.
 """
@@ -100,7 +100,7 @@ class Kernel:
 
 # ---- reading what the tools say: what cannot be read is an error, never a zero ---------------------------------------
 
-_ENTRY = re.compile(r"^\.visible \.entry (?P<name>\w+)\((?P<head>.*?)^\{", re.MULTILINE | re.DOTALL)
+_ENTRY = re.compile(r"^(?:\.\w+ )*\.entry (?P<name>\w+)\((?P<head>.*?)^\{", re.MULTILINE | re.DOTALL)
 _BOUND = re.compile(r"^\.maxntid (\d+), (\d+), (\d+)$", re.MULTILINE)
 _SECTION = re.compile(
     r"Compiling entry function '(?P<name>\w+)' for '(?P<arch>sm_\w+)'\n(?P<text>.*?)(?=Compiling|\Z)", re.S
@@ -223,8 +223,8 @@ def compile_source(source: Path, archs: Iterable[int]) -> list[Kernel]:
 
 def recorded_launches() -> dict[str, Launches]:
     """What the host functions ask for, by kernel."""
-    program = build.executable("launches", build.Source(ROOT / "tests" / "cuda_host" / "launches.cu"))
-    rows = json.loads(subprocess.run([program], capture_output=True, text=True, check=True).stdout)
+    program = build.executable("problems", build.Source(ROOT / "tests" / "cuda_host" / "problems.cu"))
+    rows = json.loads(subprocess.run([program, "--dry"], capture_output=True, text=True, check=True).stdout)
     symbols = subprocess.run(["nm", "--defined-only", program], capture_output=True, text=True, check=True).stdout
     symbol_at = {int(address, 16): symbol for address, _, symbol in map(str.split, symbols.splitlines())}
     names = short_names({symbol_at[row["address"]] for row in rows})
@@ -301,7 +301,7 @@ def complaints(kernels: Iterable[Kernel]) -> list[str]:
         f"sm_{arch}: {kernel.source}: {kernel.name}: {fault}"
         for kernel in kernels for arch in kernel.usage for fault in faults(kernel, arch)
     ]  # fmt: skip
-    lines += [f"{k.source}: {k.name}: no problem of launches.cu launches it" for k in kernels if not k.launches]
+    lines += [f"{k.source}: {k.name}: no problem of problems.cu launches it" for k in kernels if not k.launches]
     unused = [pattern for pattern in REASONS if not any(re.match(pattern, kernel.name) for kernel in kernels)]
     return lines + [f"REASONS: no kernel is called {pattern}" for pattern in unused]
 
@@ -315,7 +315,7 @@ Written by `make cuda-kernels`, not by hand. Every kernel of `csrc/cuda` was com
 {archs} on a machine without a GPU: **nothing in this table was run on one**, it is what the compiler says. For
 each architecture: *registers* of a thread (255 at most) / *shared memory* of a block in KiB / theoretical *occupancy*,
 the share of a multiprocessor's {warps} warps that fit it at once, for the launch where it is lowest among the
-problems of `tests/cuda_host/launches.cu`; *spill* bytes of a thread are shown where there are any. The limits, and what
+problems of `tests/cuda_host/problems.cu`; *spill* bytes of a thread are shown where there are any. The limits, and what
 is held against them, are in `tests/cuda_compile.py`.
 
 | source | kernel | threads | {columns} |

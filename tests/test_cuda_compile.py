@@ -159,7 +159,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_kernel_that_nothing_launches_is_a_complaint() -> None:
     assert cuda_compile.complaints([replace(KERNEL, launches={})]) == [
-        "dwconv.cu: forward_kernel<half_t>: no problem of launches.cu launches it"
+        "dwconv.cu: forward_kernel<half_t>: no problem of problems.cu launches it"
     ]
 
 
@@ -204,7 +204,8 @@ ptxas info    : Compile time = 19.097 ms
 
 
 def test_reading() -> None:
-    assert cuda_compile.parse_bounds(PTX) == {"_Z3onev": 128}
+    hidden = PTX.replace(".visible ", "").replace("one", "two")  # as in an anonymous namespace
+    assert cuda_compile.parse_bounds(PTX + hidden) == {"_Z3onev": 128, "_Z3twov": 128}
     assert cuda_compile.parse_resources(RESOURCES, 90, ["_Z3onev"]) == {
         "_Z3onev": Usage(registers=32, stack=8, spills=16, local=0, shared=64)
     }
