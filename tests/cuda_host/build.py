@@ -27,8 +27,8 @@ SANITIZERS = ("", "address", "thread", "undefined", "address,undefined")
 
 _COMMON = ("-std=c++20", "-I.", "-fPIC", "-fno-semantic-interposition", "-g1", "-Wall", "-Wextra")
 _KERNEL = ("-x", "c++", "-DEFFOPS_CUDA_HOST", "-O2")
-# No sanitizer watches the scheduler, which touches what belongs to all fibers. Loops stay loops: calls of memcpy would be
-# watched all the same.
+# No sanitizer watches the scheduler, which touches what belongs to all fibers. Loops stay loops: a call of memcpy would
+# be watched all the same.
 _SCHEDULER = ("-O3", "-fno-tree-loop-distribute-patterns")
 
 

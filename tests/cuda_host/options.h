@@ -10,6 +10,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <map>
+#include <set>
 #include <stdexcept>
 #include <string>
 
@@ -19,6 +20,7 @@ namespace effops::cuda_host {
 
 struct Options {
   std::string shortened;
+  std::map<std::string, std::string> more;  // a driver's own
 
   // How many elements of this buffer to allocate.
   std::size_t size(const char* name, std::size_t needed) const { return needed - (shortened == name); }
@@ -30,8 +32,9 @@ inline Order order_named(const std::string& name) {
   return kOrders.at(name);
 }
 
-// The arguments stay where the settings point at them.
-inline Options parse_options(int count, char** arguments) {
+// `own`: names of a driver's own options, each with a value; one called --dry goes without. The arguments stay where the
+// settings point at them.
+inline Options parse_options(int count, char** arguments, const std::set<std::string>& own = {}) {
   Options options;
   for (int i = 1; i < count; ++i) {
     const std::string name = arguments[i];
@@ -53,6 +56,8 @@ inline Options parse_options(int count, char** arguments) {
       settings().order = order_named(value());
     } else if (name == "--short") {
       options.shortened = value();
+    } else if (own.contains(name)) {
+      options.more[name] = name == "--dry" ? "" : value();
     } else {
       throw std::invalid_argument("unknown option: " + name);
     }

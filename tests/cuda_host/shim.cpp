@@ -594,6 +594,10 @@ void launch(Kernel kernel, dim3 grid, dim3 block, std::size_t shared_bytes, cons
             std::size_t params_bytes, const Where& where) {
   const std::lock_guard turn(turn_of_threads());
   check_limits(grid, block, shared_bytes, where);
+  if (Settings& settings = machine().settings; settings.dry) {
+    settings.launched.push_back({reinterpret_cast<const void*>(kernel.function), grid, block, shared_bytes});
+    return;
+  }
   const auto* bytes = static_cast<const unsigned char*>(params);
   machine().submit({kernel, grid, block, shared_bytes, {bytes, bytes + params_bytes}});
 }
