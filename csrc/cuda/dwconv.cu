@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "csrc/cuda/banks.h"
 #include "csrc/cuda/sum.h"
 #include "csrc/cuda/window.h"
 
@@ -96,7 +97,11 @@ struct Depthwise {
 
   EFFOPS_DEVICE Depthwise(const Map<const In>& map, const T* kernels, const Sizes& sizes, int channel, bool turned)
       : x(map), weight(kernels), g(sizes), o(channel) {
-    if constexpr (!kAny) load_taps<Window, N>(weight, g, o, turned, taps);
+    if constexpr (kIsFixed<Window>) {
+      fixed_taps<Window, T>(taps, std::make_integer_sequence<int, Window::kTaps * N>());
+    } else if constexpr (!kAny) {
+      load_taps<Window, N>(weight, g, o, turned, taps);
+    }
   }
 
   // emit(q, sums[Rows][N]) for each column of the cell.
@@ -839,12 +844,30 @@ Choice<Forward<In, T>> forward_choice() {
   return {forward_kernel<In, T, Window, Rows, N, Clamp, Blocks>, Rows, N, Blocks, kWalks<Window, N>};
 }
 
+// Blurs and binomials at stride 2. Taps that are constants leave room for twice the rows, or twice the blocks.
+template <class T>
+Choice<Forward<T, T>> choose_fixed(const DepthwiseGeometry& g) {
+  using Blur = Fixed<Window3Half, 0>;
+  using AlternateBlur = Fixed<Window3Half, 1>;
+  using Binomial3 = Fixed<Window3Half, 2>;
+  using Binomial5 = Fixed<Window5Half, 3>;
+  if (Blur::fits(g)) return forward_choice<T, T, Blur, 4, kPair, true, 4>();
+  if (AlternateBlur::fits(g)) return forward_choice<T, T, AlternateBlur, 4, kPair, true, 4>();
+  if (Binomial3::fits(g)) return forward_choice<T, T, Binomial3, 4, kPair, true, 4>();
+  if (Binomial5::fits(g)) return forward_choice<T, T, Binomial5, 2, kPair, true, 4>();
+  return {};
+}
+
 // Half of the threads that a multiprocessor has room for, with no register spilled on any architecture, takes 64
 // registers. What has fewer: 5x5 windows, whose taps alone are 50 registers, and epilogues with exponentials.
 template <class T>
 Choice<Forward<T, T>> choose_forward(const DepthwiseGeometry& g, const Access& access, bool clamp) {
   if constexpr (kHasPairs<T>) {
     if (access.pairs && access.windows) {
+      if (clamp && g.named_bank > 0) {
+        const Choice<Forward<T, T>> fixed = choose_fixed<T>(g);
+        if (fixed.kernel != nullptr) return fixed;
+      }
       if (Window3::fits(g))
         return clamp ? forward_choice<T, T, Window3, 3, kPair, true, 4>()
                      : forward_choice<T, T, Window3, 2, kPair, false, 3>();
