@@ -840,8 +840,10 @@ class Backward {
     if (vectors(args.dw_grads)) dw_partial_ = take(partial_bytes<C>(z_lines_, kAffine, g_.D));
     if (args.grad_pw_weight) matrix_partial_ = take(partial_bytes<C>(parts_, 1, forward_.K * columns()));
     if (args.grad_dw_weight) {
-      weight_scratch_ = take(depthwise_weight_gradient_scratch(
-          dtype_of<T>, forward_.g, gradient(sums_grad_map(nullptr)), forward_.input, device));
+      // The address decides about the tiles, and so about the bytes; any that is aligned as scratch is will do.
+      const TensorRef sums_grad = sums_grad_map(reinterpret_cast<void*>(kAlignment));
+      weight_scratch_ = take(depthwise_weight_gradient_scratch(dtype_of<T>, forward_.g, gradient(sums_grad),
+                                                               forward_.input, device));
     }
   }
 
@@ -874,7 +876,7 @@ class Backward {
   }
 
  private:
-  static constexpr std::size_t kNone = ~std::size_t{0};
+  static constexpr std::size_t kNone = ~std::size_t{0}, kAlignment = 256;
   // Columns of the kernels' tiles of sums.
   static constexpr int kOutputMin = sizeof(T) == 8 ? 32 : 64, kOutputMax = sizeof(T) == 2 ? 128 : kOutputMin;
   static constexpr int kZ = sizeof(T) == 8 ? 32 : 64;
@@ -887,7 +889,7 @@ class Backward {
 
   std::size_t take(std::size_t bytes) {
     const std::size_t at = used_;
-    used_ += ceil_div(bytes, std::size_t{256}) * 256;
+    used_ += ceil_div(bytes, kAlignment) * kAlignment;
     return at;
   }
   static void* at(void* scratch, std::size_t offset) { return static_cast<char*>(scratch) + offset; }

@@ -49,7 +49,7 @@ def library(name: str, *more: Source, sanitize: str = "", link: tuple[str, ...] 
     return _build(f"lib{name}.so", SHIM, KERNELS + more, sanitize, "-shared", *link)
 
 
-def operators() -> Path:
+def operators(sanitize: str = "") -> Path:
     """The library that EFFOPS_CUDA_HOST wants: torch operators on the kernels of the host run."""
     if not KERNELS:
         raise RuntimeError(f"the sources of the CUDA kernels are not in {ROOT}")
@@ -60,7 +60,7 @@ def operators() -> Path:
     flags = (f"-isystem{torch / 'include'}", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}")
     bindings = [ROOT / "tests" / "cuda_host" / "bindings.cpp", *sorted((ROOT / "csrc" / "bindings").glob("*.cpp"))]
     link = ("-lstdc++", f"-L{torch / 'lib'}", "-ltorch_cpu", "-lc10")
-    return library("effops_cuda_host", *(Source(path, flags) for path in bindings), link=link)
+    return library("effops_cuda_host", *(Source(path, flags) for path in bindings), sanitize=sanitize, link=link)
 
 
 def executable(name: str, *sources: Source, sanitize: str = "") -> Path:
