@@ -100,7 +100,7 @@ def test_library_has_what_is_declared() -> None:
     assert set(re.findall(r" T effops::cuda::(\w+)\(effops::DType", symbols)) == set(declared)
 
 
-# ---- the kernels of csrc/cuda, in every way that their host functions tell apart (cuda_host/problems.cu) ---------------
+# ---- the kernels of csrc/cuda, in every way that their host functions tell apart (cuda_host/problems.cu) -------------
 
 FUNCTIONS = ("dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dsconv_fwd", "dsconv_bwd")
 PLAIN, WATCHED = "5", "97"  # of so many calls one is made, without and with a sanitizer
