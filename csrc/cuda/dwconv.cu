@@ -35,7 +35,7 @@
 //
 // Roofline, calculated for an H200 (4.3 TB/s), nothing measured: forward of float16 [128, 128, 56, 56], 3x3, stride 1:
 // 206 MB, 48 us; [128, 512, 14, 14]: 51 MB, 12 us. By hand some 22 instructions an output, 9 of them multiply-adds: the
-// first shape issues for about 38 us of those 48, so memory should be the bound, but not by far. Unverified on a device.
+// first shape issues for about 38 us of those 48, so memory should be the bound, but not by far. Unverified on a GPU.
 #include "csrc/cuda/dwconv.h"
 
 #include <algorithm>
@@ -775,7 +775,7 @@ using Window5 = Window<5, 5, 1>;
 using Window5Half = Window<5, 5, 2>;
 
 // Channels of a thread where they lie side by side. A warp's access is then 128 bytes of 16-bit channels, whole lines;
-// wider accesses (compiled: four channels) fetch no more of a line and need 102 to 112 registers for two rows, where two
+// wider accesses (compiled: four) fetch no more of a line and need 102 to 112 registers for two rows, where two
 // channels have three rows in 64. Counts like VGNet's 28 need no other variant.
 constexpr int kPair = 2;
 template <class T>
