@@ -21,7 +21,7 @@
 // Gradients and statistics that sum over pixels run as blocks of 256 threads with up to 32 channel lanes and as many
 // pixel lanes as are left; each leaves one line of partial sums (sum.h).
 //
-//   kernel               reads                               writes                              bytes an output (16 bits)
+//   kernel               reads                               writes                              bytes an output (fp16)
 //   forward              x (residual)                        y                                   4 (6)
 //   epilogue gradient    grad, x or the saved output         du, partial sums of the vectors     6
 //   input gradient       du; stride 1: forward, taps turned  dx                                  4
@@ -34,9 +34,8 @@
 // Without activation and scale du is grad itself, and is neither computed nor stored.
 //
 // Roofline, calculated for an H200 (4.3 TB/s), nothing measured: forward of float16 [128, 128, 56, 56], 3x3, stride 1:
-// 206 MB, 48 us; [128, 512, 14, 14]: 51 MB, 12 us. Counted by hand, some 22 instructions an output for 9 multiply-adds:
-// the first shape issues for about 38 us of those 48, so the kernel should be bound by memory, not by far. Unverified on
-// a device.
+// 206 MB, 48 us; [128, 512, 14, 14]: 51 MB, 12 us. By hand some 22 instructions an output, 9 of them multiply-adds: the
+// first shape issues for about 38 us of those 48, so memory should be the bound, but not by far. Unverified on a GPU.
 #include "csrc/cuda/dwconv.h"
 
 #include <algorithm>
@@ -461,8 +460,8 @@ input_gradient_any_kernel(EFFOPS_PARAMS InputGradient<D, T> a) {
   *a.dx.at(cell.n, owned.group, cell.p, cell.q) = from_compute<T>(sum);
 }
 
-// Stride 2: a unit is `columns` blocks of 2 x 2 input pixels, the first of which row and column 2 i - pad. Column q of du
-// reaches the blocks q .. q + (S - 1) / 2, which are open at a time; block q is complete behind it.
+// Stride 2: a unit is `columns` blocks of 2 x 2 input pixels; block i starts at row and column 2 i - pad. Column q of
+// du reaches the blocks q .. q + (S - 1) / 2, which are open at a time; block q is complete behind it.
 template <class D, class T, class Window, int N, int Blocks>
 EFFOPS_KERNEL(kThreads, Blocks)
 input_gradient_kernel(EFFOPS_PARAMS InputGradient<D, T> a) {
@@ -735,8 +734,8 @@ struct CombineMoments {
   C *mean, *var;
 };
 
-// A block owns 32 channels; warp i combines the lines i, i + 8, ..., the first warp what the others have. The bias moves
-// the mean alone, so the sums went without it.
+// A block owns 32 channels; warp i combines the lines i, i + 8, ..., the first warp what the others have. The bias
+// moves the mean alone, so the sums went without it.
 template <class T>
 EFFOPS_KERNEL(kSumThreads, 4)
 combine_moments_kernel(EFFOPS_PARAMS CombineMoments<compute<T>> a) {
@@ -776,14 +775,18 @@ using Window5 = Window<5, 5, 1>;
 using Window5Half = Window<5, 5, 2>;
 
 // Channels of a thread where they lie side by side. A warp's access is then 128 bytes of 16-bit channels, whole lines;
-// wider accesses (tried: four channels) fetch no more of a line and need 102 to 112 registers for two rows, of which two
-// channels have three in 64. Counts like VGNet's 28 need no other variant.
+// wider accesses (compiled: four) fetch no more of a line and need 102 to 112 registers for two rows, where two
+// channels have three rows in 64. Counts like VGNet's 28 need no other variant.
 constexpr int kPair = 2;
 template <class T>
 constexpr bool kHasPairs = sizeof(T) <= 4;
 // Whether a thread walks along the columns of a strip. Where lanes are columns they share a window's columns in L1.
 template <class Window, int N>
 constexpr bool kWalks = N > 1 && !std::is_same_v<Window, AnyWindow>;
+
+// Blocks a multiprocessor where a thread has one channel: half of its threads; a quarter with sums in double.
+template <class T>
+constexpr int kBlocks = sizeof(T) == 8 ? 2 : 4;
 
 // How threads can reach a set of maps.
 struct Access {
@@ -1013,7 +1016,7 @@ Choice<WeightGradient<D, T>> choose_weight_gradient(const DepthwiseGeometry& g, 
       if (Window5Half::fits(g)) return {weight_gradient_kernel<D, T, Window5Half, 1, kPair, 2>, 1, kPair, 2, true};
     }
   }
-  return {weight_gradient_any_kernel < D, T, sizeof(T) == 8 ? 2 : 4 >, 1, 1, sizeof(T) == 8 ? 2 : 4};
+  return {weight_gradient_any_kernel<D, T, kBlocks<T>>, 1, 1, kBlocks<T>};
 }
 
 template <class D, class T>
@@ -1261,7 +1264,7 @@ struct StatisticsPlan {
       }
       if (access.pairs) return {statistics_kernel<T, AnyWindow, 1, kPair, 3>, 1, kPair, 3};
     }
-    return {statistics_kernel < T, AnyWindow, 1, 1, sizeof(T) == 8 ? 2 : 4 >, 1, 1, sizeof(T) == 8 ? 2 : 4};
+    return {statistics_kernel<T, AnyWindow, 1, 1, kBlocks<T>>, 1, 1, kBlocks<T>};
   }
 };
 
