@@ -35,7 +35,7 @@ SANITIZED := $(CURDIR)/build/sanitized
 OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
 KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 
-.PHONY: help run test test-all lint format bench gpu kernels other-triton build sanitize clean
+.PHONY: help run test test-all lint format bench gpu kernels cuda-kernels other-triton build sanitize clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -72,6 +72,9 @@ gpu: ## GPU tests and benchmarks in order of weight (BUDGET=540 RESULTS=DIR); wi
 
 kernels: $(KERNEL_REPORTS) ## compiles every Triton kernel and config without a GPU, writes docs/triton_kernels.md (-j2)
 	$(PY) tests/triton_table.py $^ docs/triton_kernels.md
+
+cuda-kernels: $(VENV)/.install ## compiles every CUDA kernel without a GPU (nvcc needed), writes docs/cuda_kernels.md
+	$(PY) tests/cuda_compile.py --table docs/cuda_kernels.md
 
 other-triton: $(OTHER_TRITON_FOLDER)/.installed ## a second Triton in build/, for the tests (OTHER_TRITON=3.6.0)
 

@@ -3,7 +3,8 @@
     python tests/cuda_host/build.py --sanitize thread
 
 prints the path of a shared library of csrc/cuda/kernels.h's functions, which it makes if something changed. Tests call
-`library` and, for a driver with a main function, `executable`; both take more sources, torch bindings for example.
+`library`, which takes more sources (torch bindings, for example), `executable` for a driver with a main function, and
+`standalone`.
 """
 
 from __future__ import annotations
@@ -15,33 +16,46 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-SHIM = ROOT / "tests" / "cuda_host" / "shim.cpp"
-KERNELS = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 SANITIZERS = ("", "address", "thread", "undefined", "address,undefined")
 
-_COMMON = ("-std=c++20", f"-I{ROOT}", "-fPIC", "-Wall", "-Wextra")
-# As a device would see them: sources that know they are on the host, symbols for reports, sums in the order written.
-_KERNEL = ("-x", "c++", "-DEFFOPS_CUDA_HOST", "-O2", "-g1", "-fno-semantic-interposition")
-# Whatever the sanitizer the scheduler is not watched: it touches what belongs to all fibers. Loops stay loops, because a
-# call of memcpy would be watched all the same.
-_SCHEDULER = ("-O3", "-g1", "-fno-tree-loop-distribute-patterns", "-fno-semantic-interposition")
+_COMMON = ("-std=c++20", "-I.", "-fPIC", "-fno-semantic-interposition", "-g1", "-Wall", "-Wextra")
+_KERNEL = ("-x", "c++", "-DEFFOPS_CUDA_HOST", "-O2")
+# No sanitizer watches the scheduler, which touches what belongs to all fibers. Loops stay loops: a call of memcpy would
+# be watched all the same.
+_SCHEDULER = ("-O3", "-fno-tree-loop-distribute-patterns")
 
 
-def library(name: str, sources: Iterable[Path] = (), *, sanitize: str = "", flags: Sequence[str] = ()) -> Path:
-    """A shared library of `sources`, the shim and the kernels; `flags` are for compiling the sources."""
-    return _build(f"lib{name}.so", [*KERNELS, *sources], sanitize, flags, ["-shared"])
+@dataclass(frozen=True)
+class Source:
+    """A file and the flags that it alone is compiled with."""
+
+    path: Path
+    flags: tuple[str, ...] = ()
 
 
-def executable(
-    name: str, sources: Iterable[Path], *, kernels: bool = True, sanitize: str = "", flags: Sequence[str] = ()
-) -> Path:
-    """A program of `sources`, the shim and, unless told otherwise, the kernels."""
-    return _build(name, [*(KERNELS if kernels else ()), *sources], sanitize, flags, [])
+SHIM = Source(ROOT / "tests" / "cuda_host" / "shim.cpp", _SCHEDULER)
+KERNELS = tuple(Source(path) for path in sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
+
+
+def library(name: str, *more: Source, sanitize: str = "") -> Path:
+    """A shared library of the kernels, the shim and more sources."""
+    return _build(f"lib{name}.so", SHIM, KERNELS + more, sanitize, "-shared")
+
+
+def executable(name: str, *sources: Source, sanitize: str = "") -> Path:
+    """A program of these sources, the shim and the kernels."""
+    return _build(name, SHIM, KERNELS + sources, sanitize)
+
+
+def standalone(name: str, *sources: Source, shim: Source = SHIM, sanitize: str = "") -> Path:
+    """A program of sources that bring kernels of their own, and the shim."""
+    return _build(name, shim, sources, sanitize)
 
 
 def folder(sanitize: str) -> Path:
@@ -49,33 +63,39 @@ def folder(sanitize: str) -> Path:
     return ROOT / "build" / ("cuda_host" + "".join(f"-{name}" for name in sanitize.split(",") if name))
 
 
-def _build(output: str, sources: list[Path], sanitize: str, flags: Sequence[str], link: list[str]) -> Path:
+def _build(name: str, shim: Source, sources: Iterable[Source], sanitize: str, *link: str) -> Path:
     if sanitize not in SANITIZERS:
         raise ValueError(f"sanitize: got {sanitize!r}, expected one of {SANITIZERS}")
     place = folder(sanitize)
     place.mkdir(parents=True, exist_ok=True)
-    watch = [f"-fsanitize={sanitize}", "-fno-omit-frame-pointer"] if sanitize else []
-    rules = [(SHIM, [*_COMMON, *_SCHEDULER]), *((source, [*_COMMON, *_KERNEL, *watch, *flags]) for source in sources)]
-    recipe = place / f"{output}.ninja"
+    watch = (f"-fsanitize={sanitize}", "-fno-omit-frame-pointer") if sanitize else ()
+    compiled = [Source(shim.path, _COMMON + shim.flags)]
+    compiled += [Source(source.path, _COMMON + _KERNEL + watch + source.flags) for source in sources]
+    recipe = place / f"{name}.ninja"
     with _locked(place):
-        _write_if_changed(recipe, "\n".join(_recipe(place / output, rules, [*link, *watch, "-lpthread"])))
+        recipe.write_text("\n".join(_recipe(place, name, compiled, " ".join([*link, *watch, "-lpthread"]))))
         command = [_ninja(), "-f", str(recipe), "--quiet", f"-j{os.environ.get('MAX_JOBS', os.cpu_count() or 1)}"]
-        done = subprocess.run(command, cwd=place, capture_output=True, text=True)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"the host run of the CUDA kernels could not be built:\n{done.stdout}{done.stderr}")
-    return place / output
+    return place / name
 
 
-def _recipe(output: Path, rules: list[tuple[Path, list[str]]], link: list[str]) -> Iterator[str]:
+def _recipe(place: Path, name: str, sources: list[Source], link: str) -> Iterator[str]:
+    """The build as ninja text, run in the repository: messages of the host run name files by their paths there."""
     compiler = os.environ.get("CXX", "g++")
-    yield f"rule compile\n  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc"
-    yield f"rule link\n  command = {compiler} $in -o $out {' '.join(link)}"
+    inside = place.relative_to(ROOT)
+    yield f"builddir = {inside}"
+    command = f"{compiler} $flags -MMD -MF $out.d -c $in -o $out"
+    yield f"rule compile\n  command = {command}\n  depfile = $out.d\n  deps = gcc"
+    yield f"rule link\n  command = {compiler} $in -o $out {link}"
     objects = []
-    for source, flags in rules:
-        told_apart = hashlib.sha256(repr((compiler, str(source), flags)).encode()).hexdigest()[:10]
-        objects.append(f"{source.name}.{told_apart}.o")
-        yield f"build {objects[-1]}: compile {source}\n  flags = {' '.join(flags)}"
-    yield f"build {output}: link {' '.join(objects)}\n"
+    for source in sources:
+        path = source.path.relative_to(ROOT) if source.path.is_relative_to(ROOT) else source.path
+        told_apart = hashlib.sha256(repr((compiler, str(path), source.flags)).encode()).hexdigest()[:10]
+        objects.append(f"{inside}/{path.name}.{told_apart}.o")
+        yield f"build {objects[-1]}: compile {path}\n  flags = {' '.join(source.flags)}"
+    yield f"build {inside}/{name}: link {' '.join(objects)}\n"
 
 
 def _ninja() -> str:
@@ -84,11 +104,6 @@ def _ninja() -> str:
     if not found:
         raise RuntimeError("the host run of the CUDA kernels is built with ninja: pip install ninja")
     return found
-
-
-def _write_if_changed(path: Path, text: str) -> None:
-    if not path.exists() or path.read_text() != text:
-        path.write_text(text)
 
 
 @contextmanager

@@ -532,6 +532,7 @@ const std::map<std::string, void (*)()> kChecks = {
 int main(int count, char** arguments) {
   for (int i = 1; i < count; ++i) {
     try {
+      settings() = {};
       kChecks.at(arguments[i])();
     } catch (const std::exception& error) {
       std::fprintf(stderr, "%s: %s\n", arguments[i], error.what());

@@ -255,9 +255,9 @@ class Machine {
 
   std::uint64_t blocks_in_flight(const Launch& launch) const {
     if (settings.blocks_in_flight > 0) return settings.blocks_in_flight;
-    // Races between blocks of one slot are not seen: let their distance be one that no tiling has for a period.
-    // ThreadSanitizer has room for some 8000 threads.
-    return under_tsan() ? std::clamp<std::uint64_t>(2048 / launch.threads(), 2, 7) : 2;
+    // Races between blocks of one slot are not seen: a number that tilings rarely have for a period. More would cost a
+    // millisecond a fiber, once.
+    return under_tsan() ? std::clamp<std::uint64_t>(1280 / launch.threads(), 2, 5) : 2;
   }
 
   void prepare(Slot& slot, Launch& launch) {
@@ -594,6 +594,10 @@ void launch(Kernel kernel, dim3 grid, dim3 block, std::size_t shared_bytes, cons
             std::size_t params_bytes, const Where& where) {
   const std::lock_guard turn(turn_of_threads());
   check_limits(grid, block, shared_bytes, where);
+  if (Settings& settings = machine().settings; settings.dry) {
+    settings.launched.push_back({reinterpret_cast<const void*>(kernel.function), grid, block, shared_bytes});
+    return;
+  }
   const auto* bytes = static_cast<const unsigned char*>(params);
   machine().submit({kernel, grid, block, shared_bytes, {bytes, bytes + params_bytes}});
 }

@@ -46,6 +46,13 @@ struct Site {
   friend bool operator==(const Site& a, const Site& b) { return a.line == b.line && !std::strcmp(a.file, b.file); }
 };
 
+// What a launch asks of a device.
+struct Launched {
+  const void* kernel;
+  dim3 grid, block;
+  std::size_t shared_bytes;
+};
+
 struct Settings {
   int blocks_in_flight = 0;  // of each launch; 0: as many as suit the sanitizer
   Order order = Order::forward;
@@ -55,6 +62,8 @@ struct Settings {
   Site removed;                  // this barrier or wait is not there
   bool record = false;           // whether `sites` is filled; not for ThreadSanitizer, which would see that
   std::vector<Site> sites;       // the barriers and waits that were met
+  bool dry = false;              // launches are put into `launched` and not run: pointers need not point anywhere
+  std::vector<Launched> launched;
 };
 
 Settings& settings();
