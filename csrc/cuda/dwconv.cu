@@ -1,9 +1,48 @@
-// PICTURE
+// Room dwconv on CUDA devices: forward, epilogue gradient, input gradient, weight gradient, batch statistics.
+//
+//   channels_last: a thread owns two channels (one access) of a strip of output pixels and walks along it.
+//
+//        lane 0 1 2 ...                columns of x ->
+//        channels                      . . . . . +     the column that is loaded, once: Rows + 2 accesses in flight
+//        +--+--+--+                    . . . . . +
+//        |  |  |  |  a warp's access:  . . . . . +     it is added to the sums of the three output columns that it
+//        +--+--+--+  128 bytes of a    . . . . . +     reaches; the oldest is complete, gets its epilogue and is stored
+//                    pixel (float16)   . . . . . +
+//
+//      In registers: the taps of both channels (18), the open sums (3 columns x Rows x 2), one column of x.
+//      Loads an output: (Rows + 2) / Rows, 1.7 with the three rows of a 3x3 window at stride 1, instead of 9.
+//
+//   NCHW and odd channel counts: a thread owns one channel and one output column of four rows; neighbouring lanes are
+//   neighbouring columns (channels, where those are nearer) and share the columns of their windows in L1.
+//
+//   Windows other than 3x3 and 5x5 at strides 1 and 2, dilations, channel multipliers: a loop over the taps, one output
+//   pixel a thread; x comes from L1 once a tap. The taps of a 7x7 window alone would be 98 registers.
+//
+// Gradients and statistics that sum over pixels run as blocks of 256 threads with up to 32 channel lanes and as many
+// pixel lanes as are left; each leaves one line of partial sums (sum.h).
+//
+//   kernel               reads                               writes                              bytes an output (16 bits)
+//   forward              x (residual)                        y                                   4 (6)
+//   epilogue gradient    grad, x or the saved output         du, partial sums of the vectors     6
+//   input gradient       du; stride 1: forward, taps turned  dx                                  4
+//                        stride 2: 2 x 2 blocks of dx, to which the columns of du are added as above
+//   weight gradient      x, du; the last columns of du       partial [lines][taps][D]            4
+//                        and the sums of all taps in registers
+//   statistics           x                                   partial [lines][3][D]               2
+//   statistics gradient  x                                   du in float                         6
+//
+// Without activation and scale du is grad itself, and is neither computed nor stored.
+//
+// Roofline, calculated for an H200 (4.3 TB/s), nothing measured: forward of float16 [128, 128, 56, 56], 3x3, stride 1:
+// 206 MB, 48 us; [128, 512, 14, 14]: 51 MB, 12 us. Counted by hand, some 22 instructions an output for 9 multiply-adds:
+// the first shape issues for about 38 us of those 48, so the kernel should be bound by memory, not by far. Unverified on
+// a device.
 #include "csrc/cuda/dwconv.h"
 
 #include <algorithm>
 #include <cstdint>
 
+#include "csrc/cuda/banks.h"
 #include "csrc/cuda/sum.h"
 #include "csrc/cuda/window.h"
 
@@ -96,7 +135,11 @@ struct Depthwise {
 
   EFFOPS_DEVICE Depthwise(const Map<const In>& map, const T* kernels, const Sizes& sizes, int channel, bool turned)
       : x(map), weight(kernels), g(sizes), o(channel) {
-    if constexpr (!kAny) load_taps<Window, N>(weight, g, o, turned, taps);
+    if constexpr (kIsFixed<Window>) {
+      fixed_taps<Window, T>(taps, std::make_integer_sequence<int, Window::kTaps * N>());
+    } else if constexpr (!kAny) {
+      load_taps<Window, N>(weight, g, o, turned, taps);
+    }
   }
 
   // emit(q, sums[Rows][N]) for each column of the cell.
@@ -128,7 +171,6 @@ struct Forward {
   Sizes g;
   Units units;
   Assignment assignment;
-  bool clamp;   // see is_clamp()
   bool turned;  // the taps, by half a turn: the gradient of the input at stride 1
 };
 
@@ -172,7 +214,8 @@ inline bool is_clamp(const EpilogueRef& e) {
   return clamp && e.post == Activation::none && !e.scale.data && !e.shift.data && !e.residual.data;
 }
 
-template <class In, class T, class Window, int Rows, int N, int Blocks>
+// Clamp: the epilogue is one, see is_clamp(); such a kernel has registers for more rows.
+template <class In, class T, class Window, int Rows, int N, bool Clamp, int Blocks>
 EFFOPS_KERNEL(kThreads, Blocks)
 forward_kernel(EFFOPS_PARAMS Forward<In, T> a) {
   using C = compute<T>;
@@ -183,12 +226,11 @@ forward_kernel(EFFOPS_PARAMS Forward<In, T> a) {
   C bias[N];
   read_channels<T>(a.epilogue.bias, o, C(0), bias);
   const Depthwise<In, T, Window, Rows, N> sums(a.x, a.weight, a.g, o, a.turned);
-  T* const first = a.y.at(cell.n, o, cell.p, 0);
-  const C low = a.epilogue.activation == Activation::none ? C(-INFINITY) : C(0);
-  const C high = a.epilogue.activation == Activation::relu6 ? C(6) : C(INFINITY);
+  T* y = a.y.at(cell.n, o, cell.p, cell.q);
   sums.run(cell, [&](int q, const C(&u)[Rows][N]) {
-    T* const y = first + q * a.y.w;
-    if (a.clamp) {
+    if constexpr (Clamp) {
+      const C low = a.epilogue.activation == Activation::none ? C(-INFINITY) : C(0);
+      const C high = a.epilogue.activation == Activation::relu6 ? C(6) : C(INFINITY);
       EFFOPS_UNROLL
       for (int i = 0; i < Rows; ++i) {
         C v[N];
@@ -199,20 +241,23 @@ forward_kernel(EFFOPS_PARAMS Forward<In, T> a) {
         }
         if (i < count) store_channels(y + i * row_stride_of(a.y), v);
       }
-      return;
+    } else {
+      row_by_row(u, count, [&](int i, const C(&sum)[N]) {
+        C v[N], residual[N];
+        EFFOPS_UNROLL
+        for (int j = 0; j < N; ++j) v[j] = sum[j] + bias[j];
+        load_if_present(const_map<T>(a.epilogue.residual), cell.n, o, cell.p + i, q, residual);
+        apply_epilogue<T>(a.epilogue, o, residual, v);
+        store_channels(y + i * row_stride_of(a.y), v);
+      });
     }
-    row_by_row(u, count, [&](int i, const C(&sum)[N]) {
-      C v[N], residual[N];
-      EFFOPS_UNROLL
-      for (int j = 0; j < N; ++j) v[j] = sum[j] + bias[j];
-      load_if_present(const_map<T>(a.epilogue.residual), cell.n, o, cell.p + i, q, residual);
-      apply_epilogue<T>(a.epilogue, o, residual, v);
-      store_channels(y + i * row_stride_of(a.y), v);
-    });
+    y += a.y.w;
   });
 }
 
 // ---- epilogue gradient ----
+
+struct NoWindow {};
 
 // The gradient at the sums of the batch statistics: (grad_mean + 2 grad_var (u - mean)) / pixels, u with bias.
 template <class C>
@@ -227,7 +272,6 @@ struct EpilogueGradient {
   Map<T> grad_residual;         // absent: not wanted
   TensorRef du;                 // of T or float
   bool wide;                    // it is of float
-  bool recompute;               // the sums are needed
   const T* weight;
   EpilogueRef epilogue;
   StatisticsGradient<compute<T>> statistics;
@@ -248,11 +292,28 @@ EFFOPS_DEVICE void store_du(const EpilogueGradient<T>& a, index_t n, int o, int 
   store_channels(static_cast<T*>(a.du.data) + at, v);
 }
 
-// d loss / d sums at one pixel from u = conv + bias: stores it and the residual's gradient, leaves what is summed.
+// What is summed over pixels for the gradients of the vectors.
+template <class C, int N>
+struct EpilogueSums {
+  C bias[N] = {}, scale[N] = {}, shift[N] = {};
+
+  EFFOPS_DEVICE void add(const C (&du)[N], const EpilogueTerms<C, N>& terms) {
+    EFFOPS_UNROLL
+    for (int j = 0; j < N; ++j) {
+      bias[j] += du[j];
+      scale[j] += terms.scale[j];
+      shift[j] += terms.residual[j];
+    }
+  }
+};
+
+// d loss / d sums at one pixel from u = conv + bias.
 template <class T, int N>
-EFFOPS_DEVICE void gradient_at(const EpilogueGradient<T>& a, index_t n, int o, int p, int q, const compute<T> (&u)[N],
-                               compute<T> (&du)[N], EpilogueTerms<compute<T>, N>& terms) {
+EFFOPS_DEVICE void gradient_from_sums(const EpilogueGradient<T>& a, index_t n, int o, int p, int q,
+                                      const compute<T> (&u)[N], EpilogueSums<compute<T>, N>& sums) {
   using C = compute<T>;
+  C du[N];
+  EpilogueTerms<C, N> terms;
   if (a.statistics.mean != nullptr) {
     EFFOPS_UNROLL
     for (int j = 0; j < N; ++j) {
@@ -261,23 +322,55 @@ EFFOPS_DEVICE void gradient_at(const EpilogueGradient<T>& a, index_t n, int o, i
       terms.residual[j] = terms.scale[j] = C(0);
     }
   } else {
+    C residual[N];
+    Map<const T> map = const_map<T>(a.epilogue.residual);
+    if (a.epilogue.post == Activation::none) map.data = nullptr;  // not needed
+    load_if_present(map, n, o, p, q, residual);
     load_channels<N>(a.grad.at(n, o, p, q), du);
-    if (a.saved.data != nullptr) {
-      C y[N];
-      load_channels<N>(a.saved.at(n, o, p, q), y);
-      epilogue_gradient_from_output<T>(a.epilogue, y, du);
-      fill(terms.residual, C(0));
-      fill(terms.scale, C(0));
-    } else {
-      C residual[N];
-      Map<const T> map = const_map<T>(a.epilogue.residual);
-      if (a.epilogue.post == Activation::none) map.data = nullptr;  // not needed
-      load_if_present(map, n, o, p, q, residual);
-      epilogue_gradient<T>(a.epilogue, o, u, residual, du, terms);
-      if (a.grad_residual.data != nullptr) store_channels(a.grad_residual.at(n, o, p, q), terms.residual);
-    }
+    epilogue_gradient<T>(a.epilogue, o, u, residual, du, terms);
+    if (a.grad_residual.data != nullptr) store_channels(a.grad_residual.at(n, o, p, q), terms.residual);
   }
   store_du(a, n, o, p, q, du);
+  sums.add(du, terms);
+}
+
+// The same where the sums are not needed: from the output, or of an affine epilogue. All loads of a few columns are
+// issued before the first is used.
+constexpr int kColumnsAtOnce = 4;
+
+template <class T, int N>
+EFFOPS_DEVICE void gradient_without_sums(const EpilogueGradient<T>& a, const Cell& cell, int o,
+                                         const compute<T> (&scale)[N], EpilogueSums<compute<T>, N>& sums) {
+  using C = compute<T>;
+  const T* grad = a.grad.at(cell.n, o, cell.p, cell.q);
+  const T* saved = a.saved.at(cell.n, o, cell.p, cell.q);
+  for (int first = 0; first < cell.count; first += kColumnsAtOnce) {
+    Vec<T, N> loaded[kColumnsAtOnce], outputs[kColumnsAtOnce] = {};
+    EFFOPS_UNROLL
+    for (int i = 0; i < kColumnsAtOnce; ++i) {
+      if (first + i >= cell.count) break;
+      loaded[i] = load_vec<T, N>(grad + (first + i) * a.grad.w);
+      if (a.saved.data != nullptr) outputs[i] = load_vec<T, N>(saved + (first + i) * a.saved.w);
+    }
+    EFFOPS_UNROLL
+    for (int i = 0; i < kColumnsAtOnce; ++i) {
+      if (first + i >= cell.count) break;
+      const int q = cell.q + first + i;
+      C du[N], y[N];
+      EpilogueTerms<C, N> terms;
+      EFFOPS_UNROLL
+      for (int j = 0; j < N; ++j) {
+        terms.residual[j] = to_compute(loaded[i].v[j]);
+        terms.scale[j] = C(0);  // would need the sums
+        du[j] = terms.residual[j] * scale[j];
+        y[j] = to_compute(outputs[i].v[j]);
+      }
+      if (a.saved.data != nullptr) epilogue_gradient_from_output<T>(a.epilogue, y, du);
+      if (a.grad_residual.data != nullptr) store_channels(a.grad_residual.at(cell.n, o, cell.p, q), terms.residual);
+      store_du(a, cell.n, o, cell.p, q, du);
+      sums.add(du, terms);
+    }
+  }
 }
 
 template <class C, int N>
@@ -289,44 +382,33 @@ EFFOPS_DEVICE void write_partial(C* partial, const Shares& shares, const Share& 
   for (int j = 0; j < N; ++j) line[j] = sums[j];
 }
 
+// Window: NoWindow where the sums are not needed.
 template <class T, class Window, int Rows, int N, int Blocks>
 EFFOPS_KERNEL(kThreads, Blocks)
 epilogue_gradient_kernel(EFFOPS_PARAMS EpilogueGradient<T> a) {
   using C = compute<T>;
   const Share share = share_of(a.shares);
   const int o = share.group * N;
-  C sum_bias[N] = {}, sum_scale[N] = {}, sum_shift[N] = {};
-  const auto pixel = [&](index_t n, int p, int q, const C(&u)[N]) {
-    C du[N];
-    EpilogueTerms<C, N> terms;
-    gradient_at(a, n, o, p, q, u, du, terms);
-    EFFOPS_UNROLL
-    for (int j = 0; j < N; ++j) {
-      sum_bias[j] += du[j];
-      sum_scale[j] += terms.scale[j];
-      sum_shift[j] += terms.residual[j];
+  EpilogueSums<C, N> sums;
+  if constexpr (std::is_same_v<Window, NoWindow>) {
+    C scale[N];
+    if (share.live) read_channels<T>(a.epilogue.scale, o, C(1), scale);
+    for (index_t unit = share.live ? share.first : a.units.total; unit < a.units.total; unit += share.step) {
+      gradient_without_sums(a, cell_of(a.units, unit, 1, a.g.Q), o, scale, sums);
     }
-  };
-  if (share.live) {
+  } else if (share.live) {
     C bias[N];
     read_channels<T>(a.epilogue.bias, o, C(0), bias);
-    const Depthwise<T, T, Window, Rows, N> sums(a.x, a.weight, a.g, o, false);
+    const Depthwise<T, T, Window, Rows, N> depthwise(a.x, a.weight, a.g, o, false);
     for (index_t unit = share.first; unit < a.units.total; unit += share.step) {
       const Cell cell = cell_of(a.units, unit, Rows, a.g.Q);
       const int count = a.g.P - cell.p < Rows ? a.g.P - cell.p : Rows;
-      if (!a.recompute) {
-        const C unused[N] = {};
-        for (int i = 0; i < count; ++i) {
-          for (int q = cell.q; q < cell.q + cell.count; ++q) pixel(cell.n, cell.p + i, q, unused);
-        }
-        continue;
-      }
-      sums.run(cell, [&](int q, const C(&raw)[Rows][N]) {
+      depthwise.run(cell, [&](int q, const C(&raw)[Rows][N]) {
         row_by_row(raw, count, [&](int i, const C(&sum)[N]) {
           C u[N];
           EFFOPS_UNROLL
           for (int j = 0; j < N; ++j) u[j] = sum[j] + bias[j];
-          pixel(cell.n, cell.p + i, q, u);
+          gradient_from_sums(a, cell.n, o, cell.p + i, q, u, sums);
         });
       });
     }
@@ -337,9 +419,9 @@ epilogue_gradient_kernel(EFFOPS_PARAMS EpilogueGradient<T> a) {
     block_sums(a.shares.lanes, turn++, sum);
     write_partial(a.partial, a.shares, share, a.segments, segment, a.g.D, sum);
   };
-  leave(a.bias_segment, sum_bias);
-  leave(a.scale_segment, sum_scale);
-  leave(a.shift_segment, sum_shift);
+  leave(a.bias_segment, sums.bias);
+  leave(a.scale_segment, sums.scale);
+  leave(a.shift_segment, sums.shift);
 }
 
 // ---- input gradient ----
@@ -683,9 +765,9 @@ combine_moments_kernel(EFFOPS_PARAMS CombineMoments<compute<T>> a) {
 // A kernel, the rows and channels of a thread's cell, and how many of its blocks fit a multiprocessor.
 template <class Params>
 struct Choice {
-  void (*kernel)(Params);
-  int rows, channels, blocks;
-  bool walks = false;  // along the columns of a strip
+  void (*kernel)(Params) = nullptr;
+  int rows = 1, channels = 1, blocks = 1;
+  bool walks = false;  // see kWalks
 };
 
 using Window3 = Window<3, 3, 1>;
@@ -693,11 +775,15 @@ using Window3Half = Window<3, 3, 2>;  // half the rows, half the columns
 using Window5 = Window<5, 5, 1>;
 using Window5Half = Window<5, 5, 2>;
 
-// Channels of a thread where they lie side by side: with two, the taps of a 3x3 window take 18 registers and four rows
-// of sums fit beside them; a warp's access is 128 bytes of 16-bit channels. Counts like VGNet's 28 need no other variant.
+// Channels of a thread where they lie side by side. A warp's access is then 128 bytes of 16-bit channels, whole lines;
+// wider accesses (tried: four channels) fetch no more of a line and need 102 to 112 registers for two rows, of which two
+// channels have three in 64. Counts like VGNet's 28 need no other variant.
 constexpr int kPair = 2;
 template <class T>
 constexpr bool kHasPairs = sizeof(T) <= 4;
+// Whether a thread walks along the columns of a strip. Where lanes are columns they share a window's columns in L1.
+template <class Window, int N>
+constexpr bool kWalks = N > 1 && !std::is_same_v<Window, AnyWindow>;
 
 // How threads can reach a set of maps.
 struct Access {
@@ -792,23 +878,61 @@ auto with_types(DType du, DType dtype, const F& f) {
 
 // ---- forward: host ----
 
-template <class In, class T>
-Choice<Forward<In, T>> choose_forward(const DepthwiseGeometry& g, const Access& access) {
-  if constexpr (kHasPairs<T>) {
-    if (access.pairs && access.windows) {
-      if (Window3::fits(g)) return {forward_kernel<In, T, Window3, 4, kPair, 3>, 4, kPair, 3, true};
-      if (Window3Half::fits(g)) return {forward_kernel<In, T, Window3Half, 2, kPair, 3>, 2, kPair, 3, true};
-      if (Window5::fits(g)) return {forward_kernel<In, T, Window5, 2, kPair, 2>, 2, kPair, 2, true};
-      if (Window5Half::fits(g)) return {forward_kernel<In, T, Window5Half, 2, kPair, 2>, 2, kPair, 2, true};
-    }
-    if (access.pairs) return {forward_kernel<In, T, AnyWindow, 1, kPair, 3>, 1, kPair, 3};
-    if (access.windows && Window3::fits(g)) return {forward_kernel<In, T, Window3, 4, 1, 4>, 4, 1, 4};
-    if (access.windows && Window3Half::fits(g)) return {forward_kernel<In, T, Window3Half, 2, 1, 4>, 2, 1, 4};
-  }
-  return {forward_kernel<In, T, AnyWindow, 1, 1, 4>, 1, 1, 4};
+template <class In, class T, class Window, int Rows, int N, bool Clamp, int Blocks>
+Choice<Forward<In, T>> forward_choice() {
+  return {forward_kernel<In, T, Window, Rows, N, Clamp, Blocks>, Rows, N, Blocks, kWalks<Window, N>};
 }
 
-// The sums of a convolution along `g` with its epilogue. `turned`: see Forward; such a window is known.
+// Blurs and binomials at stride 2. Taps that are constants leave room for twice the rows, or twice the blocks.
+template <class T>
+Choice<Forward<T, T>> choose_fixed(const DepthwiseGeometry& g) {
+  using Blur = Fixed<Window3Half, 0>;
+  using AlternateBlur = Fixed<Window3Half, 1>;
+  using Binomial3 = Fixed<Window3Half, 2>;
+  using Binomial5 = Fixed<Window5Half, 3>;
+  if (Blur::fits(g)) return forward_choice<T, T, Blur, 4, kPair, true, 4>();
+  if (AlternateBlur::fits(g)) return forward_choice<T, T, AlternateBlur, 4, kPair, true, 4>();
+  if (Binomial3::fits(g)) return forward_choice<T, T, Binomial3, 4, kPair, true, 4>();
+  if (Binomial5::fits(g)) return forward_choice<T, T, Binomial5, 2, kPair, true, 4>();
+  return {};
+}
+
+// Half of the threads that a multiprocessor has room for, with no register spilled on any architecture, takes 64
+// registers. What has fewer: 5x5 windows, whose taps alone are 50 registers, and epilogues with exponentials.
+template <class T>
+Choice<Forward<T, T>> choose_forward(const DepthwiseGeometry& g, const Access& access, bool clamp) {
+  if constexpr (kHasPairs<T>) {
+    if (access.pairs && access.windows) {
+      if (clamp && g.named_bank > 0) {
+        const Choice<Forward<T, T>> fixed = choose_fixed<T>(g);
+        if (fixed.kernel != nullptr) return fixed;
+      }
+      if (Window3::fits(g))
+        return clamp ? forward_choice<T, T, Window3, 3, kPair, true, 4>()
+                     : forward_choice<T, T, Window3, 2, kPair, false, 3>();
+      if (Window3Half::fits(g))
+        return clamp ? forward_choice<T, T, Window3Half, 2, kPair, true, 4>()
+                     : forward_choice<T, T, Window3Half, 2, kPair, false, 2>();
+      if (Window5::fits(g))
+        return clamp ? forward_choice<T, T, Window5, 2, kPair, true, 2>()
+                     : forward_choice<T, T, Window5, 2, kPair, false, 2>();
+      if (Window5Half::fits(g))
+        return clamp ? forward_choice<T, T, Window5Half, 2, kPair, true, 2>()
+                     : forward_choice<T, T, Window5Half, 2, kPair, false, 2>();
+    }
+    if (access.pairs)
+      return clamp ? forward_choice<T, T, AnyWindow, 1, kPair, true, 4>()
+                   : forward_choice<T, T, AnyWindow, 1, kPair, false, 3>();
+    if (access.windows && Window3::fits(g))
+      return clamp ? forward_choice<T, T, Window3, 4, 1, true, 4>() : forward_choice<T, T, Window3, 4, 1, false, 3>();
+    if (access.windows && Window3Half::fits(g))
+      return clamp ? forward_choice<T, T, Window3Half, 2, 1, true, 4>()
+                   : forward_choice<T, T, Window3Half, 2, 1, false, 3>();
+  }
+  return forward_choice<T, T, AnyWindow, 1, 1, false, sizeof(T) == 8 ? 1 : 3>();
+}
+
+// The sums of a convolution along `g` with its epilogue. `turned`: see Forward.
 template <class In, class T>
 void launch_forward(const DepthwiseGeometry& g, const Choice<Forward<In, T>>& choice, const TensorRef& x,
                     const TensorRef& y, const void* weight, const EpilogueRef& epilogue, bool turned,
@@ -816,15 +940,8 @@ void launch_forward(const DepthwiseGeometry& g, const Choice<Forward<In, T>>& ch
   const index_t groups = g.out_channels() / choice.channels;
   const Units units = units_of(g.N, g.P, g.Q, choice.rows, choice.walks, groups, threads_wanted(device, choice.blocks));
   if (units.total == 0) return;
-  const Forward<In, T> params{map_of<const In>(x),
-                              map_of<T>(y),
-                              static_cast<const T*>(weight),
-                              epilogue,
-                              sizes_of(g),
-                              units,
-                              {narrow(groups), channels_inside(y)},
-                              is_clamp(epilogue),
-                              turned};
+  const Forward<In, T> params{map_of<const In>(x), map_of<T>(y), static_cast<const T*>(weight),        epilogue,
+                              sizes_of(g),         units,        {narrow(groups), channels_inside(y)}, turned};
   launch(choice.kernel, blocks_for(units.total * groups), stream, params);
 }
 
@@ -836,6 +953,18 @@ DepthwiseGeometry turned_geometry(const DepthwiseGeometry& g) {
   turned.H = g.P, turned.W = g.Q, turned.P = g.H, turned.Q = g.W;
   turned.pad_top = g.R - 1 - g.pad_top, turned.pad_left = g.S - 1 - g.pad_left;
   return turned;
+}
+
+// The kernel for it, where the window is known.
+template <class D, class T>
+Choice<Forward<D, T>> choose_turned(const DepthwiseGeometry& g, const Access& access) {
+  if constexpr (kHasPairs<T>) {
+    if (!access.windows || g.multiplier > 1 || g.pad_top >= g.R || g.pad_left >= g.S) return {};
+    if (access.pairs && Window3::fits(g)) return forward_choice<D, T, Window3, 3, kPair, true, 4>();
+    if (access.pairs && Window5::fits(g)) return forward_choice<D, T, Window5, 2, kPair, true, 2>();
+    if (Window3::fits(g)) return forward_choice<D, T, Window3, 4, 1, true, 4>();
+  }
+  return {};
 }
 
 template <class D, class T>
@@ -856,10 +985,9 @@ void input_gradient(const DepthwiseGeometry& g, const TensorRef& du, const void*
   access.need(du, sizeof(D));
   access.need(dx, sizeof(T));
   access.pairs = access.pairs && g.multiplier == 1 && g.C % kPair == 0;
-  const bool known = access.windows && g.multiplier == 1 && g.pad_top < g.R && g.pad_left < g.S && kHasPairs<T>;
-  if (known && (Window3::fits(g) || (access.pairs && Window5::fits(g)))) {
-    const DepthwiseGeometry turned = turned_geometry(g);
-    launch_forward<D, T>(turned, choose_forward<D, T>(turned, access), du, dx, weight, {}, true, device, stream);
+  const Choice<Forward<D, T>> turned = choose_turned<D, T>(g, access);
+  if (turned.kernel != nullptr) {
+    launch_forward<D, T>(turned_geometry(g), turned, du, dx, weight, {}, true, device, stream);
     return;
   }
   const Choice<InputGradient<D, T>> choice = choose_input_gradient<D, T>(g, access);
@@ -879,10 +1007,10 @@ template <class D, class T>
 Choice<WeightGradient<D, T>> choose_weight_gradient(const DepthwiseGeometry& g, const Access& access) {
   if constexpr (kHasPairs<T>) {
     if (access.pairs && access.windows) {
-      if (Window3::fits(g)) return {weight_gradient_kernel<D, T, Window3, 2, kPair, 3>, 2, kPair, 3, true};
-      if (Window3Half::fits(g)) return {weight_gradient_kernel<D, T, Window3Half, 2, kPair, 2>, 2, kPair, 2, true};
+      if (Window3::fits(g)) return {weight_gradient_kernel<D, T, Window3, 2, kPair, 4>, 2, kPair, 4, true};
+      if (Window3Half::fits(g)) return {weight_gradient_kernel<D, T, Window3Half, 1, kPair, 4>, 1, kPair, 4, true};
       if (Window5::fits(g)) return {weight_gradient_kernel<D, T, Window5, 2, kPair, 2>, 2, kPair, 2, true};
-      if (Window5Half::fits(g)) return {weight_gradient_kernel<D, T, Window5Half, 2, kPair, 1>, 2, kPair, 1, true};
+      if (Window5Half::fits(g)) return {weight_gradient_kernel<D, T, Window5Half, 1, kPair, 2>, 1, kPair, 2, true};
     }
   }
   return {weight_gradient_any_kernel < D, T, sizeof(T) == 8 ? 2 : 4 >, 1, 1, sizeof(T) == 8 ? 2 : 4};
@@ -924,16 +1052,20 @@ void weight_gradient(const DepthwiseGeometry& g, const TensorRef& du, const Tens
   sum_weight<C>(scratch, plan.shares.lines, sizes.R * sizes.S, sizes.D, sizes.bank, {grad_weight, dtype_of<T>}, stream);
 }
 
+// Two blocks a multiprocessor where the sums are recomputed: activations and their derivatives, beside taps and sums,
+// spill at three.
 template <class T>
 Choice<EpilogueGradient<T>> choose_epilogue_gradient(const DepthwiseGeometry& g, const Access& access, bool recompute) {
   if constexpr (kHasPairs<T>) {
-    if (access.pairs && access.windows && recompute) {
+    if (access.pairs && !recompute) return {epilogue_gradient_kernel<T, NoWindow, 1, kPair, 4>, 1, kPair, 4, true};
+    if (access.pairs && access.windows) {
       if (Window3::fits(g)) return {epilogue_gradient_kernel<T, Window3, 2, kPair, 2>, 2, kPair, 2, true};
       if (Window3Half::fits(g)) return {epilogue_gradient_kernel<T, Window3Half, 2, kPair, 2>, 2, kPair, 2, true};
     }
-    if (access.pairs) return {epilogue_gradient_kernel<T, AnyWindow, 1, kPair, 2>, 1, kPair, 2, !recompute};
+    if (access.pairs) return {epilogue_gradient_kernel<T, AnyWindow, 1, kPair, 2>, 1, kPair, 2};
   }
-  return {epilogue_gradient_kernel < T, AnyWindow, 1, 1, sizeof(T) == 8 ? 2 : 4 >, 1, 1, sizeof(T) == 8 ? 2 : 4};
+  if (!recompute) return {epilogue_gradient_kernel<T, NoWindow, 1, 1, 4>, 1, 1, 4};
+  return {epilogue_gradient_kernel<T, AnyWindow, 1, 1, 2>, 1, 1, 2};
 }
 
 // What both gradients that lead to du, of an epilogue and of the statistics, are asked for.
@@ -971,7 +1103,6 @@ struct EpilogueGradientJob {
                                        map_of<T>(grads.residual),
                                        du,
                                        wide,
-                                       recompute,
                                        static_cast<const T*>(weight),
                                        epilogue,
                                        statistics,
@@ -1124,8 +1255,8 @@ struct StatisticsPlan {
   static Choice<Statistics<T>> choose(const DepthwiseGeometry& g, const Access& access) {
     if constexpr (kHasPairs<T>) {
       if (access.pairs && access.windows) {
-        if (Window3::fits(g)) return {statistics_kernel<T, Window3, 2, kPair, 3>, 2, kPair, 3, true};
-        if (Window3Half::fits(g)) return {statistics_kernel<T, Window3Half, 2, kPair, 2>, 2, kPair, 2, true};
+        if (Window3::fits(g)) return {statistics_kernel<T, Window3, 2, kPair, 4>, 2, kPair, 4, true};
+        if (Window3Half::fits(g)) return {statistics_kernel<T, Window3Half, 1, kPair, 4>, 1, kPair, 4, true};
         if (Window5::fits(g)) return {statistics_kernel<T, Window5, 2, kPair, 2>, 2, kPair, 2, true};
       }
       if (access.pairs) return {statistics_kernel<T, AnyWindow, 1, kPair, 3>, 1, kPair, 3};
@@ -1185,8 +1316,8 @@ void dwconv_fwd(DType dtype, const DwconvForwardArgs& args, const Device& device
     access.need(args.output, sizeof(T));
     access.need(args.epilogue.residual, sizeof(T));
     access.pairs = access.pairs && args.g.multiplier == 1 && args.g.C % kPair == 0;
-    launch_forward<T, T>(args.g, choose_forward<T, T>(args.g, access), args.input, args.output, args.weight,
-                         args.epilogue, false, device, stream);
+    launch_forward<T, T>(args.g, choose_forward<T>(args.g, access, is_clamp(args.epilogue)), args.input, args.output,
+                         args.weight, args.epilogue, false, device, stream);
   });
 }
 
