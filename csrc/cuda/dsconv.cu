@@ -180,8 +180,7 @@ EFFOPS_DEVICE void write_output(const Forward<T>& a, const Tables& tables, const
     const int k = first + column;
     if (!pixel.inside || k >= a.layer.K) return;
     C v[V];
-    EFFOPS_UNROLL
-    for (int j = 0; j < V; ++j) v[j] = tile[slot * pitch + column + j];
+    load_channels<V>(tile + slot * pitch + column, v);
     finish_sums<V>(a.epilogue, affine + column, N, v, [&](C(&sum)[V]) {
       C added[V];
       load_channels<V>(residual.at(pixel.n, k, pixel.p, pixel.q), added);
@@ -485,8 +484,7 @@ EFFOPS_DEVICE void write_passed_gradient(const ZGradient<T>& a, const Tables& ta
     const int c = first + column;
     if (!pixel.inside || c >= a.layer.passed) return;
     compute<T> g[V];
-    EFFOPS_UNROLL
-    for (int j = 0; j < V; ++j) g[j] = tile[slot * pitch + column + j];
+    load_channels<V>(tile + slot * pitch + column, g);
     store_channels<V>(a.passed_grad.at(pixel.n, c, pixel.p, pixel.q), g);
   });
 }
@@ -502,15 +500,19 @@ EFFOPS_DEVICE void write_sums_gradient(const ZGradient<T>& a, const Tables& tabl
                        const Pixel pixel = pixel_of(a.layer, tables, origin, slot);
                        const int o = first + column;
                        if (!pixel.inside || o >= a.layer.g.D) return;
-                       C g[V], u[V] = {}, kept[V] = {};
+                       C g[V], u[V] = {}, sum[V] = {}, kept[V] = {};
+                       load_channels<V>(tile + slot * pitch + column, g);
                        if (o >= a.kept_first) {
                          load_channels<V>(a.kept.at(pixel.n, o - a.kept_first, pixel.p, pixel.q), kept);
                        }
-                       if (a.recompute) read_channels<T>(a.layer.dw.bias, o, C(0), u);
+                       if (a.recompute) {
+                         read_channels<T>(a.layer.dw.bias, o, C(0), u);
+                         load_channels<V>(sums + slot * pitch + column, sum);
+                       }
                        EFFOPS_UNROLL
                        for (int j = 0; j < V; ++j) {
-                         g[j] = tile[slot * pitch + column + j] + kept[j];
-                         if (a.recompute) u[j] += sums[slot * pitch + column + j];
+                         g[j] += kept[j];
+                         u[j] += sum[j];
                        }
                        backward.run(pixel, o, u, g, terms);
                        if (a.sums_grad.data != nullptr) {
