@@ -1,3 +1,42 @@
+// Room dsconv on CUDA devices: depthwise -> epilogue -> pointwise -> epilogue in one kernel, and its gradients.
+// Unverified on a device: what is said of speed is calculated, nothing measured.
+//
+//   forward   a block: a box of 64 output pixels (dsconv_tile.h) x up to 128 output channels; z never leaves the chip
+//
+//        two stages in shared memory, the next block of 32 channels (16 of double) copied by cp.async while one is used
+//        +--------------+---------+------------------+
+//        | patch of x   | taps    | matrix [K][32]   |       passed channels: their pixels stand in the patch's place
+//        +------+-------+----+----+--------+---------+       and are z already
+//               |  windows   |             |
+//               v            v             |                 4 pixels x 2 channels a thread, sums in registers
+//        z [64 pixels][32 channels], 16 bits                 rounded to the maps' type, as z in memory would be
+//               |  ldmatrix                |  ldmatrix
+//               v                          v
+//        sums [64][K] in registers, 8 warps (gemm.h) -> shared memory -> epilogue, 8 or 16 bytes a thread -> y
+//                                                                        z's kept channels are stored beside y
+//
+//   output gradient    the same boxes and sums (only where the epilogue's gradient depends on them): g, saved output -> du
+//   z's gradient       64 pixels x 64 channels: du * matrix over K, then the depthwise epilogue backwards with its sums
+//                      anew; the passed channels' part is their gradient
+//   matrix's gradient  128 x 64 (K x channels): du^T z over a range of boxes with z anew, the next box's du and patches
+//                      copied meanwhile; ranges are as few as give every processor two blocks
+//   input's, taps'     those of room dwconv (dwconv.h), on the gradient at the depthwise sums
+//
+// Sums over pixels: a line of partial results a box or range, added by sum.h. Kernels whose results nobody asked for do
+// not run; without activation and scale du is the gradient that came in.
+//
+// Where a patch does not fit shared memory (large dilations) the windows are read from memory; channels that lie apart
+// (NCHW, sliced maps, multipliers) are copied element by element. The rest is the same.
+//
+// Bytes a pixel of 16-bit maps: forward 2 (C + passed + K + keep), x's halo and the matrix from L2: 100 / 64 of x at 3x3.
+//
+// Calculated for float16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 132 processors at 1.75 GHz):
+//   128 -> 128 channels   512 bytes a pixel: 206 MB, 48 us; products 13 GFLOP, 17 us. Counted by hand, 27 instructions an
+//                         element of z for its window and epilogue (9 multiply-adds), 14 for copies, 4 for products, 10
+//                         for the output: 55 x 51 million elements issue for 95 us, so instructions bound it; two perfect
+//                         kernels would take 96 us.
+//   28 + 28 -> 28         half-identity: x, passed and y, 168 bytes a pixel: 67 MB, 16 us; copies weigh more a channel of
+//                         z, and 4 of 32 are padding: some 80 instructions x 11 million, 30 us. Two perfect kernels: 47 us.
 #include <utility>
 
 #include "csrc/cuda/dsconv_tile.h"
@@ -180,8 +219,7 @@ EFFOPS_DEVICE void write_output(const Forward<T>& a, const Tables& tables, const
     const int k = first + column;
     if (!pixel.inside || k >= a.layer.K) return;
     C v[V];
-    EFFOPS_UNROLL
-    for (int j = 0; j < V; ++j) v[j] = tile[slot * pitch + column + j];
+    load_channels<V>(tile + slot * pitch + column, v);
     finish_sums<V>(a.epilogue, affine + column, N, v, [&](C(&sum)[V]) {
       C added[V];
       load_channels<V>(residual.at(pixel.n, k, pixel.p, pixel.q), added);
@@ -485,8 +523,7 @@ EFFOPS_DEVICE void write_passed_gradient(const ZGradient<T>& a, const Tables& ta
     const int c = first + column;
     if (!pixel.inside || c >= a.layer.passed) return;
     compute<T> g[V];
-    EFFOPS_UNROLL
-    for (int j = 0; j < V; ++j) g[j] = tile[slot * pitch + column + j];
+    load_channels<V>(tile + slot * pitch + column, g);
     store_channels<V>(a.passed_grad.at(pixel.n, c, pixel.p, pixel.q), g);
   });
 }
@@ -502,15 +539,19 @@ EFFOPS_DEVICE void write_sums_gradient(const ZGradient<T>& a, const Tables& tabl
                        const Pixel pixel = pixel_of(a.layer, tables, origin, slot);
                        const int o = first + column;
                        if (!pixel.inside || o >= a.layer.g.D) return;
-                       C g[V], u[V] = {}, kept[V] = {};
+                       C g[V], u[V] = {}, sum[V] = {}, kept[V] = {};
+                       load_channels<V>(tile + slot * pitch + column, g);
                        if (o >= a.kept_first) {
                          load_channels<V>(a.kept.at(pixel.n, o - a.kept_first, pixel.p, pixel.q), kept);
                        }
-                       if (a.recompute) read_channels<T>(a.layer.dw.bias, o, C(0), u);
+                       if (a.recompute) {
+                         read_channels<T>(a.layer.dw.bias, o, C(0), u);
+                         load_channels<V>(sums + slot * pitch + column, sum);
+                       }
                        EFFOPS_UNROLL
                        for (int j = 0; j < V; ++j) {
-                         g[j] = tile[slot * pitch + column + j] + kept[j];
-                         if (a.recompute) u[j] += sums[slot * pitch + column + j];
+                         g[j] += kept[j];
+                         u[j] += sum[j];
                        }
                        backward.run(pixel, o, u, g, terms);
                        if (a.sums_grad.data != nullptr) {

@@ -245,13 +245,13 @@ EFFOPS_DEVICE void copy_taps(const Layer<T>& layer, int first, compute<T>* to) {
   constexpr int kChannels = kBlockC<T>;
   copy_affine<T>(layer.dw, first, layer.g.D, kChannels, to);
   if (layer.box.patch_rows == 0) return;
-  const int taps = layer.g.R * layer.g.S;
+  // A thread stays with its channel, so that it looks for its kernel once.
+  const int taps = layer.g.R * layer.g.S, channel = static_cast<int>(threadIdx.x) % kChannels, o = first + channel;
+  const T* kernel = o < layer.g.D ? kernel_of(layer.dw_weight, layer.g, taps, o) : nullptr;
   EFFOPS_NO_UNROLL
-  for (int i = threadIdx.x; i < taps * kChannels; i += kThreads) {
-    const int o = first + i % kChannels;
-    to[kAffine * kChannels + i] =
-        o < layer.g.D ? to_compute(load_global_cached(kernel_of(layer.dw_weight, layer.g, taps, o) + i / kChannels))
-                      : compute<T>(0);
+  for (int t = static_cast<int>(threadIdx.x) / kChannels; t < taps; t += kThreads / kChannels) {
+    to[(kAffine + t) * kChannels + channel] =
+        kernel != nullptr ? to_compute(load_global_cached(kernel + t)) : compute<T>(0);
   }
 }
 
