@@ -188,6 +188,10 @@ class FmaProduct {
   EFFOPS_DEVICE void add(const T* a, int pitch_a, const T* b, int pitch_b) {
     // 16 bytes of each row at a time where both tiles' rows go along the sum.
     constexpr int kStep = A == RowHolds::sum && B == RowHolds::sum ? 16 / static_cast<int>(sizeof(T)) : 1;
+    // Sums over pixels have thousands of terms, and one chain of roundings would be far less exact than torch's: each
+    // tile's pixels are summed apart. Sums over channels are short, and their tiles leave no registers for it.
+    constexpr bool kApart = sizeof(T) == 4 && A == RowHolds::outer && B == RowHolds::outer;
+    T apart[kApart ? kRows : 1][kApart ? kColumns : 1] = {};
     EFFOPS_UNROLL
     for (int d = 0; d < DEPTH; d += kStep) {
       Vec<T, kStep> of_a[kRows];
@@ -199,8 +203,18 @@ class FmaProduct {
         EFFOPS_UNROLL
         for (int i = 0; i < kRows; ++i) {
           EFFOPS_UNROLL
-          for (int e = 0; e < kStep; ++e) sums_[i][j] += of_a[i].v[e] * of_b.v[e];
+          for (int e = 0; e < kStep; ++e) {
+            T& sum = kApart ? apart[kApart ? i : 0][kApart ? j : 0] : sums_[i][j];
+            sum += of_a[i].v[e] * of_b.v[e];
+          }
         }
+      }
+    }
+    if constexpr (kApart) {
+      EFFOPS_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        EFFOPS_UNROLL
+        for (int j = 0; j < kColumns; ++j) sums_[i][j] += apart[i][j];
       }
     }
   }
