@@ -100,6 +100,38 @@ def test_library_has_what_is_declared() -> None:
     assert set(re.findall(r" T effops::cuda::(\w+)\(effops::DType", symbols)) == set(declared)
 
 
+# ---- the kernels of csrc/cuda, in every way that their host functions tell apart (cuda_host/problems.cu) -------------
+
+FUNCTIONS = ("dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dsconv_fwd", "dsconv_bwd")
+PLAIN, WATCHED = "5", "97"  # of so many calls one is made, without and with a sanitizer
+EVERYTHING = os.environ.get("EFFOPS_HOST_ALL") == "1"
+
+
+def call_kernels(function: str, *options: str, sanitize: str = "") -> subprocess.CompletedProcess[str]:
+    if not build.KERNELS:
+        pytest.skip("there are no CUDA kernels yet")
+    every = "1" if EVERYTHING else WATCHED if sanitize else PLAIN
+    path = build.executable("problems", build.Source(FOLDER / "problems.cu"), sanitize=sanitize)
+    return run(path, "--only", function, "--every", every, *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kernels_do_not_depend_on_order(function: str) -> None:
+    """They write all of their results and nothing else, the same bits whichever thread goes first."""
+    done = {order: call_kernels(function, "--order", order) for order in ORDERS}
+    for result in done.values():
+        assert_passes(result)
+    assert done["forward"].stdout == done["backward"].stdout == done["shuffled"].stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sanitize", ["thread", "address,undefined"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_kernels_are_clean(function: str, sanitize: str) -> None:
+    assert_passes(call_kernels(function, sanitize=sanitize))
+
+
 # ---- it sees what is wrong -------------------------------------------------------------------------------------------
 
 

@@ -29,7 +29,7 @@ using cuda_host::Buffer;
 using cuda_host::settings;
 
 constexpr Device kDevices[] = {{108, 163 << 10, 80}, {132, 227 << 10, 90}, {148, 227 << 10, 100}};
-constexpr Device kHost = {2, 99 << 10, 90};  // few processors: blocks have more than one tile each
+constexpr Device kHost = {2, 163 << 10, 80};  // few processors: blocks have more than one tile each
 
 struct Type {
   DType dtype;
@@ -153,12 +153,15 @@ DepthwiseGeometry geometry(const Maps& maps, const Window& window, index_t multi
   return g;
 }
 
+// What comes after a convolution: nothing; a bias and relu, whose derivative its output tells; everything there is.
+enum class Epilogue { none, relu, full };
+
 // One layer.
 struct Problem {
   const Type& type;
   DepthwiseGeometry g;
   bool channels_last;
-  bool full;  // with epilogues
+  Epilogue kind;
 
   DType dtype() const { return type.dtype; }
   index_t D() const { return g.out_channels(); }
@@ -167,7 +170,10 @@ struct Problem {
     const auto number = [](index_t value) { return std::to_string(value); };
     return std::string(type.name) + " " + number(g.N) + "x" + number(g.C) + "x" + number(g.H) + " window " +
            number(g.R) + "/" + number(g.stride_h) + "/" + number(g.dilation_h) + " x" + number(g.multiplier) +
-           (channels_last ? " channels_last" : " contiguous") + (full ? " full" : "");
+           (channels_last ? " channels_last" : " contiguous") +
+           (kind == Epilogue::none   ? ""
+            : kind == Epilogue::relu ? " relu"
+                                     : " full");
   }
 
   TensorRef map(void* data, index_t channels, index_t size) const {
@@ -185,8 +191,10 @@ struct Problem {
 
   EpilogueRef epilogue(Memory& m, index_t channels) const {
     EpilogueRef e;
-    if (!full) return e;
+    if (kind == Epilogue::none) return e;
     e.bias = vector(m, channels);
+    e.activation = Activation::relu;
+    if (kind == Epilogue::relu) return e;
     e.scale = vector(m, channels);
     e.shift = vector(m, channels);
     e.residual = read_map(m, channels, g.P);
@@ -196,13 +204,17 @@ struct Problem {
   }
   EpilogueGrads gradients(Memory& m, index_t channels) const {
     EpilogueGrads grads;
-    if (!full) return grads;
+    grads.bias_dtype = grads.scale_dtype = grads.shift_dtype = dtype();
+    if (kind == Epilogue::none) return grads;
     grads.bias = m.output(channels, dtype());
+    if (kind == Epilogue::relu) return grads;
     grads.scale = m.output(channels, dtype());
     grads.shift = m.output(channels, dtype());
-    grads.bias_dtype = grads.scale_dtype = grads.shift_dtype = dtype();
     grads.residual = written_map(m, channels, g.P);
     return grads;
+  }
+  TensorRef saved_output(Memory& m, index_t channels) const {
+    return kind == Epilogue::relu ? read_map(m, channels, g.P) : TensorRef{};
   }
 
   void forward(Memory& m, const Device& device) const {
@@ -210,9 +222,8 @@ struct Problem {
     cuda::dwconv_fwd(dtype(), args, device, nullptr);
   }
 
-  // `saved`: whether the output is at hand.
-  void backward(Memory& m, const Device& device, bool saved) const {
-    const TensorRef output = saved ? read_map(m, D(), g.P) : TensorRef{};
+  void backward(Memory& m, const Device& device) const {
+    const TensorRef output = saved_output(m, D());
     DwconvBackwardArgs args{g, read_map(m, D(), g.P), output, read_map(m, g.C, g.H), weight(m), epilogue(m, D()), {}};
     args.grad_input = written_map(m, g.C, g.H);
     args.grad_weight = m.output(g.bank * g.R * g.S, dtype());
@@ -262,10 +273,9 @@ struct Problem {
     cuda::dsconv_fwd(dtype(), args, tf32, device, nullptr);
   }
 
-  void separable_backward(Memory& m, const Device& device, index_t K, index_t passthrough, bool tf32,
-                          bool saved) const {
+  void separable_backward(Memory& m, const Device& device, index_t K, index_t passthrough, bool tf32) const {
     DsconvBackwardArgs args{separable(m, K, passthrough), read_map(m, K, g.P), written_map(m, g.C, g.H), {}};
-    if (saved) args.forward.output = read_map(m, K, g.P);
+    args.forward.output = saved_output(m, K);
     if (passthrough) args.grad_passthrough = written_map(m, passthrough, g.P);
     args.grad_dw_weight = m.output(g.bank * g.R * g.S, dtype());
     args.grad_pw_weight = m.output(K * (passthrough + D()), dtype());
@@ -285,19 +295,14 @@ void visit_calls(const Problem& problem, Visit visit) {
   visit("dwconv_fwd" + name, [&](M m, V device) { problem.forward(m, device); });
   visit("dwconv_stats" + name, [&](M m, V device) { problem.statistics(m, device); });
   visit("dwconv_stats_bwd" + name, [&](M m, V device) { problem.statistics_backward(m, device); });
-  for (bool saved : {false, true}) {
-    visit("dwconv_bwd" + name + (saved ? " saved" : ""), [&](M m, V device) { problem.backward(m, device, saved); });
-  }
+  visit("dwconv_bwd" + name, [&](M m, V device) { problem.backward(m, device); });
   for (index_t K : {16, 72, 256}) {
     const index_t passthrough = K == 16 ? 0 : problem.g.C;
     for (bool tf32 : {false, true}) {
       if (tf32 && problem.dtype() != DType::f32) continue;
       const std::string layer = name + " to " + std::to_string(K) + (tf32 ? " tf32" : "");
       visit("dsconv_fwd" + layer, [&](M m, V device) { problem.separable_forward(m, device, K, passthrough, tf32); });
-      for (bool saved : {false, true}) {
-        visit("dsconv_bwd" + layer + (saved ? " saved" : ""),
-              [&](M m, V device) { problem.separable_backward(m, device, K, passthrough, tf32, saved); });
-      }
+      visit("dsconv_bwd" + layer, [&](M m, V device) { problem.separable_backward(m, device, K, passthrough, tf32); });
     }
   }
 }
@@ -307,8 +312,9 @@ void visit_all(const Maps (&sizes)[kCount], Visit visit) {
   for (const Type& type : kTypes) {
     for (const Maps& maps : sizes) {
       for (const Window& window : kWindows) {
-        for (int way = 0; way < 8; ++way) {
-          visit_calls(Problem{type, geometry(maps, window, way & 4 ? 2 : 1), bool(way & 1), bool(way & 2)}, visit);
+        for (int way = 0; way < 12; ++way) {
+          const DepthwiseGeometry g = geometry(maps, window, 1 + way / 6);
+          visit_calls(Problem{type, g, way % 2 == 1, static_cast<Epilogue>(way / 2 % 3)}, visit);
         }
       }
     }
