@@ -33,7 +33,10 @@ SOURCES = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 VIRTUAL = "compute_80"  # one translation for all: nothing in the kernels is newer
 MIN_OCCUPANCY = 0.5
 # Kernels that hide latency by other means than many warps: a pattern of the name, and by which.
-REASONS: dict[str, str] = {}
+REASONS: dict[str, str] = {
+    "dsconv_": "sums of a 64-pixel product and the windows of the next z in registers: two blocks "
+    "a processor, and copies a stage ahead",
+}
 
 
 class Gpu(NamedTuple):

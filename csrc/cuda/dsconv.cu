@@ -15,7 +15,8 @@
 //        sums [64][K] in registers, 8 warps (gemm.h) -> shared memory -> epilogue, 8 or 16 bytes a thread -> y
 //                                                                        z's kept channels are stored beside y
 //
-//   output gradient    the same boxes and sums (only where the epilogue's gradient depends on them): g, saved output -> du
+//   output gradient    the same boxes and sums (only where the epilogue's gradient depends on them): g, saved output
+//                      -> du
 //   z's gradient       64 pixels x 64 channels: du * matrix over K, then the depthwise epilogue backwards with its sums
 //                      anew; the passed channels' part is their gradient
 //   matrix's gradient  128 x 64 (K x channels): du^T z over a range of boxes with z anew, the next box's du and patches
@@ -28,15 +29,17 @@
 // Where a patch does not fit shared memory (large dilations) the windows are read from memory; channels that lie apart
 // (NCHW, sliced maps, multipliers) are copied element by element. The rest is the same.
 //
-// Bytes a pixel of 16-bit maps: forward 2 (C + passed + K + keep), x's halo and the matrix from L2: 100 / 64 of x at 3x3.
+// Bytes a pixel of 16-bit maps: forward 2 (C + passed + K + keep), x's halo and the matrix from L2: 100 / 64 of x at
+// 3x3.
 //
 // Calculated for float16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 132 processors at 1.75 GHz):
-//   128 -> 128 channels   512 bytes a pixel: 206 MB, 48 us; products 13 GFLOP, 17 us. Counted by hand, 27 instructions an
-//                         element of z for its window and epilogue (9 multiply-adds), 14 for copies, 4 for products, 10
-//                         for the output: 55 x 51 million elements issue for 95 us, so instructions bound it; two perfect
-//                         kernels would take 96 us.
-//   28 + 28 -> 28         half-identity: x, passed and y, 168 bytes a pixel: 67 MB, 16 us; copies weigh more a channel of
-//                         z, and 4 of 32 are padding: some 80 instructions x 11 million, 30 us. Two perfect kernels: 47 us.
+//   128 -> 128 channels   512 bytes a pixel: 206 MB, 48 us; products 13 GFLOP, 17 us. Counted by hand, 27 instructions
+//                         an element of z for its window and epilogue (9 multiply-adds), 14 for copies, 4 for
+//                         products, 10 for the output: 55 x 51 million elements issue for 95 us, so instructions bound
+//                         it; two perfect kernels would take 96 us.
+//   28 + 28 -> 28         half-identity: x, passed and y, 168 bytes a pixel: 67 MB, 16 us; copies weigh more a channel
+//                         of z, and 4 of 32 are padding: some 80 instructions x 11 million, 30 us. Two perfect
+//                         kernels: 47 us.
 #include <utility>
 
 #include "csrc/cuda/dsconv_tile.h"
@@ -48,8 +51,8 @@
 namespace effops::cuda {
 namespace {
 
-// Channels of one access to a map whose channels lie side by side: 8 bytes of a half type (28 channels are no multiple of
-// 16 bytes, and a warp's accesses are whole lines all the same), 16 of the others.
+// Channels of one access to a map whose channels lie side by side: 8 bytes of a half type (28 channels are no multiple
+// of 16 bytes, and a warp's accesses are whole lines all the same), 16 of the others.
 template <class T>
 constexpr int kVector = sizeof(T) == 8 ? 2 : 4;
 
@@ -63,8 +66,8 @@ struct Meeting {
 // that are read without.
 EFFOPS_HOST_DEVICE constexpr int tile_pitch(int columns, bool by_pixel) { return columns + (by_pixel ? 1 : 8); }
 
-// Blocks that shall fit a processor: 128 registers a thread, or 255 for double. A fourth of the occupancy there could be,
-// because a thread holds the product's sums (32) over the window's sums and pixels (26), their addresses and the
+// Blocks that shall fit a processor: 128 registers a thread, or 255 for double. A fourth of the occupancy there could
+// be, because a thread holds the product's sums (32) over the window's sums and pixels (26), their addresses and the
 // epilogue; half as many would mean half the products for each element of z. Two blocks hide each other's barriers.
 template <class T>
 constexpr int kBlocks = sizeof(T) == 8 ? 1 : 2;
@@ -78,8 +81,8 @@ EFFOPS_DEVICE Tables tables_of(const TablesAt& at, index_t* patch_at) {
   return {shared_at<int>(at.slots), shared_at<Run>(at.runs), patch_at};
 }
 
-// f(slot, column) for all elements of a tile of N columns, V columns at a time. Every thread of the block makes the same
-// number of calls; along the channels its column is always the same.
+// f(slot, column) for all elements of a tile of N columns, V columns at a time. Every thread of the block makes the
+// same number of calls; along the channels its column is always the same.
 template <int V, int N, class F>
 EFFOPS_DEVICE void walk_tile(bool by_pixel, const F& f) {
   constexpr int kGroups = N / V;
@@ -96,7 +99,8 @@ EFFOPS_DEVICE void walk_tile(bool by_pixel, const F& f) {
 
 // ---- the sums of the pointwise convolution ----
 
-// Shared memory: tables, and two stages of what a block of channels needs; then, in the stages' place, the tile of sums.
+// Shared memory: tables, and two stages of what a block of channels needs; then, in the stages' place, the tile of
+// sums.
 struct PointwiseAt {
   TablesAt tables;
   int affine, z, stages, stage_bytes, patch, matrix, taps;
@@ -298,8 +302,8 @@ struct Partial {
 template <int V, int N>
 constexpr int kSumLines = kThreads / (N / V) > kSlots / kWarp ? kThreads / (N / V) : kSlots / kWarp;
 
-// f(slot, column, terms) for a tile of N columns, and the terms' sums over its pixels: a thread's, or a warp's along the
-// pixels, to `lines`; their sum to `partial`.
+// f(slot, column, terms) for a tile of N columns, and the terms' sums over its pixels: a thread's, or a warp's along
+// the pixels, to `lines`; their sum to `partial`.
 template <int V, int N, class C, class F>
 EFFOPS_DEVICE void walk_and_sum(bool by_pixel, C* lines, const Partial<C>& partial, int tile, int first, const F& f) {
   constexpr int kLine = kAffine * N, kGroups = N / V;
@@ -626,8 +630,8 @@ struct MatrixGradient {
   compute<T>* partial;  // [blocks of steps][K][passed + D]
 };
 
-// sums (K x channels) += du^T (K x slots) * z (slots x channels), over the tiles of a block, of which the next is copied
-// while one is computed.
+// sums (K x channels) += du^T (K x slots) * z (slots x channels), over the tiles of a block, of which the next is
+// copied while one is computed.
 template <class T, bool TF32>
 class MatrixSums {
   using C = compute<T>;

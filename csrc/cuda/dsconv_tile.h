@@ -180,8 +180,8 @@ EFFOPS_DEVICE void copy_elements(const Reading& reading, T* to, int pitch, int r
   }
 }
 
-// Channels first .. first + COLUMNS - 1, of `count`, of `rows` rows; zeros for those that do not exist. row_at(i) points
-// to channel 0 of row i, or is null. Belongs to the caller's group of asynchronous copies.
+// Channels first .. first + COLUMNS - 1, of `count`, of `rows` rows; zeros for those that do not exist. row_at(i)
+// points to channel 0 of row i, or is null. Belongs to the caller's group of asynchronous copies.
 template <class T, int COLUMNS, class RowAt>
 EFFOPS_DEVICE void copy_rows(const Reading& reading, T* to, int pitch, int rows, int first, int count,
                              const RowAt& row_at) {
@@ -226,8 +226,8 @@ EFFOPS_DEVICE void copy_matrix(const Layer<T>& layer, int k, int rows, int offse
                         [&](int i) { return k + i < layer.K ? origin + i * layer.matrix_k : nullptr; });
 }
 
-// An epilogue's vectors for channels first .. first + width - 1 of `count`, as rows of `width`: bias, scale, shift; those
-// that are absent leave values as they are.
+// An epilogue's vectors for channels first .. first + width - 1 of `count`, as rows of `width`: bias, scale, shift;
+// those that are absent leave values as they are.
 template <class T>
 EFFOPS_DEVICE void copy_affine(const EpilogueRef& e, int first, int count, int width, compute<T>* to) {
   EFFOPS_NO_UNROLL
@@ -361,8 +361,8 @@ EFFOPS_DEVICE void depthwise_sums(const Layer<T>& layer, const Tables& tables, c
 
 // ---- epilogues ----
 
-// post(act(v + bias) * scale + shift + residual) of sums v, element i of channel i % WIDTH. affine: the rows of copy_affine
-// at the first channel, `next` apart; add_residual(v) adds the residual.
+// post(act(v + bias) * scale + shift + residual) of sums v, element i of channel i % WIDTH. affine: the rows of
+// copy_affine at the first channel, `next` apart; add_residual(v) adds the residual.
 template <int WIDTH, int N, class C, class AddResidual>
 EFFOPS_DEVICE void finish_sums(const EpilogueRef& e, const C* affine, int next, C (&v)[N],
                                const AddResidual& add_residual) {
