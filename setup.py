@@ -52,6 +52,7 @@ LIBRARIES = ["-lstdc++", "-ltorch_cpu", "-lc10"]
 CUDA_LIBRARIES = ["-lstdc++", "-ltorch_cuda", "-ltorch_cpu", "-lc10", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST says nothing
 LEAST_ARCHITECTURE = (8, 0)
+VIRTUAL = "compute_80"  # one PTX for all of them, as in tests/cuda_compile.py: what ships is what was checked
 
 
 def stop(sentence: str) -> NoReturn:
@@ -162,11 +163,10 @@ def architecture_flags() -> list[str]:
                 f"TORCH_CUDA_ARCH_LIST={listed!r}: {entry!r} is not a compute capability of at least 8.0 "
                 "(examples: 8.0, 9.0, 10.0+PTX)."
             )
-        number = f"{match[1]}{match[2]}{match[3]}"
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        flags.append(f"-gencode=arch={VIRTUAL},code=sm_{match[1]}{match[2]}{match[3]}")
         if match[4]:
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+            flags.append(f"-gencode=arch={VIRTUAL},code={VIRTUAL}")
+    return list(dict.fromkeys(flags))
 
 
 def cuda_build() -> tuple[list[str], list[str], list[str]]:

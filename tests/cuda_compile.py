@@ -36,6 +36,14 @@ MIN_OCCUPANCY = 0.5
 REASONS: dict[str, str] = {
     "dsconv_": "sums of a 64-pixel product and the windows of the next z in registers: two blocks "
     "a processor, and copies a stage ahead",
+    "epilogue_gradient_kernel<.*, 2>$": "sums, their window and taps beside the epilogue's values and three running "
+    "sums; without recomputed sums (another instantiation) it has 50%",
+    r"forward_kernel<.*Window<5, 5": "the 50 taps of two channels stay in registers: read again for each column they "
+    "would be most of the accesses",
+    r"forward_kernel<.*, false, \d>$": "the values of any activation with an exponential beside the window's",
+    r"(input|weight)_gradient_kernel<.*Window<5, 5": "as the forward's 5x5: 50 taps, or 50 sums, of two channels",
+    r"statistics_kernel<": "a thread's moments, in double from its own pixels on, beside the window's sums",
+    "weight_gradient_any_kernel<double": "sums of double take two registers each",
 }
 
 

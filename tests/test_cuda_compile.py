@@ -149,6 +149,7 @@ def test_limits(usage: dict, launch: set[Launch], fault: str | None) -> None:
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reason lets a kernel through, one that no kernel needs is a complaint."""
     slow = replace(KERNEL, usage={90: replace(USAGE, registers=255)})
+    monkeypatch.setattr(cuda_compile, "REASONS", {})
     assert cuda_compile.complaints([slow]) == [
         "sm_90: dwconv.cu: forward_kernel<half_t>: occupancy 12%, at least 50% or a reason in REASONS is wanted"
     ]
@@ -157,7 +158,8 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "* `forward_kernel<`: a good one" in cuda_compile.table([slow], "nvcc 1")
 
 
-def test_kernel_that_nothing_launches_is_a_complaint() -> None:
+def test_kernel_that_nothing_launches_is_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_compile, "REASONS", {})
     assert cuda_compile.complaints([replace(KERNEL, launches={})]) == [
         "dwconv.cu: forward_kernel<half_t>: no problem of problems.cu launches it"
     ]

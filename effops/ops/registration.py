@@ -70,6 +70,12 @@ def register_fake(name: str) -> Callable:
     return register
 
 
+def packets(*names: str) -> list[Any]:
+    """These operators and their twins, as `register_flop_formula` wants them."""
+    every = [operator for name in names for operator in (name, *_twins.get(name, ()))]
+    return [getattr(torch.ops.effops, operator) for operator in every]
+
+
 def fake_output(input: Tensor, shape: Sequence[int], geometry: list[int]) -> Tensor:
     """An empty tensor as the kernels allocate it: the input's dtype and device, the geometry's memory format."""
     return torch.empty(

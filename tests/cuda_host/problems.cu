@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "csrc/cuda/banks.h"
 #include "csrc/cuda/device.h"
 #include "csrc/cuda/kernels.h"
 #include "tests/cuda_host/buffer.h"
@@ -311,6 +312,13 @@ template <std::size_t kCount, class Visit>
 void visit_all(const Maps (&sizes)[kCount], Visit visit) {
   for (const Type& type : kTypes) {
     for (const Maps& maps : sizes) {
+      for (const cuda::FixedBank& bank : cuda::kFixedBanks) {  // their taps are constants at stride 2
+        Problem problem{type, geometry(maps, {bank.size, 2, 1}, 1), true, Epilogue::relu};
+        problem.g.bank = bank.kernels;
+        problem.g.named_bank = bank.code;
+        visit("dwconv_fwd " + problem.name() + " " + bank.name,
+              [&](Memory& memory, const Device& device) { problem.forward(memory, device); });
+      }
       for (const Window& window : kWindows) {
         for (int way = 0; way < 12; ++way) {
           const DepthwiseGeometry g = geometry(maps, window, 1 + way / 6);

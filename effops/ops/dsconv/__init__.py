@@ -16,6 +16,7 @@ from effops.ops.registration import (
     fake_gradients,
     fake_output,
     kernels_of,
+    packets,
     register_fake,
     triton_kernels,
 )
@@ -88,7 +89,7 @@ def _dsconv_norm_bwd(
     return fake_gradients(tensors, _IMAGES, geometry, mask)
 
 
-@register_flop_formula([_ops.dsconv_fwd, _ops.dsconv_fwd_triton, _ops.dsconv_norm_fwd])
+@register_flop_formula(packets("dsconv_fwd", "dsconv_norm_fwd"))
 def _dsconv_fwd_flops(
     input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, scale, shift, residual, geometry, slopes, eps=None, *, out_shape,

@@ -23,6 +23,7 @@ from effops.ops.registration import (
     fake_gradients,
     fake_output,
     kernels_of,
+    packets,
     register_fake,
     triton_kernels,
 )
@@ -82,12 +83,12 @@ def depthwise_flops(input: Sequence[int], weight: Sequence[int], geometry: list[
     return 2 * n * c * geometry[G.MULTIPLIER] * p * q * r * s
 
 
-@register_flop_formula([_ops.dwconv_fwd, _ops.dwconv_fwd_triton])
+@register_flop_formula(packets("dwconv_fwd"))
 def _dwconv_fwd_flops(input, weight, bias, scale, shift, residual, geometry, slope, out_shape=None):
     return depthwise_flops(input, weight, geometry)
 
 
-@register_flop_formula([_ops.dwconv_stats, _ops.dwconv_stats_triton])
+@register_flop_formula(packets("dwconv_stats"))
 def _dwconv_stats_flops(input, weight, bias, geometry, out_shape=None):
     return depthwise_flops(input, weight, geometry)
 
