@@ -34,8 +34,8 @@ VIRTUAL = "compute_80"  # one translation for all: nothing in the kernels is new
 MIN_OCCUPANCY = 0.5
 # Kernels that hide latency by other means than many warps: a pattern of the name, and by which.
 REASONS: dict[str, str] = {
-    "dsconv_": "sums of a 64-pixel product and the windows of the next z in registers: two blocks "
-    "a processor, and copies a stage ahead",
+    "dsconv_": "sums of a 64-pixel product and the windows of the next z in registers: one or two "
+    "blocks a processor by registers or shared memory, and copies a stage ahead",
     "epilogue_gradient_kernel<.*, 2>$": "sums, their window and taps beside the epilogue's values and three running "
     "sums; without recomputed sums (another instantiation) it has 50%",
     r"forward_kernel<.*Window<5, 5": "the 50 taps of two channels stay in registers: read again for each column they "
