@@ -50,6 +50,7 @@ test: build ## the tests, as CI runs them (ARGS="-m 'not slow' -k dwconv")
 test-all: export EFFOPS_HYPOTHESIS ?= 1000
 test-all: export EFFOPS_COMPILE_ALL ?= 1
 test-all: export EFFOPS_INTERPRET_ALL ?= 1
+test-all: export EFFOPS_HOST_ALL ?= 1
 test-all: other-triton test sanitize ## the same with more examples and every kernel compiled, then under sanitizers
 
 lint: $(VENV)/.lint ## ruff and clang-format; changes nothing

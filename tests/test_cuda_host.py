@@ -97,13 +97,13 @@ def test_library_has_what_is_declared() -> None:
         ["nm", "--dynamic", "--defined-only", "--demangle", build.library("effops_cuda_host")],
         capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
-    assert set(re.findall(r" T effops::cuda::(\w+)\(effops::DType", symbols)) == set(declared)
+    assert set(re.findall(r" T effops::cuda::(\w+)\(effops::DType", symbols)) >= set(declared)
 
 
 # ---- the kernels of csrc/cuda, in every way that their host functions tell apart (cuda_host/problems.cu) -------------
 
 FUNCTIONS = ("dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dsconv_fwd", "dsconv_bwd")
-PLAIN, WATCHED = "5", "97"  # of so many calls one is made, without and with a sanitizer
+PLAIN, WATCHED = "29", "97"  # of so many calls one is made, without and with a sanitizer
 EVERYTHING = os.environ.get("EFFOPS_HOST_ALL") == "1"
 
 
