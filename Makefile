@@ -29,12 +29,13 @@ COMMIT ?=
 VENV := $(CURDIR)/.venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip --disable-pip-version-check install --quiet
-CSRC := $(shell find csrc examples -type f \( -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu' \))
+CSRC := $(shell find csrc -type f ! -name '*.md')
+FORMATTED := $(shell find csrc examples tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 SANITIZED := $(CURDIR)/build/sanitized
 OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
 KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 
-.PHONY: help run test test-all lint format bench gpu kernels other-triton build sanitize clean
+.PHONY: help run test test-all lint format bench gpu kernels cuda-kernels other-triton build sanitize clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -49,17 +50,18 @@ test: build ## the tests, as CI runs them (ARGS="-m 'not slow' -k dwconv")
 test-all: export EFFOPS_HYPOTHESIS ?= 1000
 test-all: export EFFOPS_COMPILE_ALL ?= 1
 test-all: export EFFOPS_INTERPRET_ALL ?= 1
+test-all: export EFFOPS_HOST_ALL ?= 1
 test-all: other-triton test sanitize ## the same with more examples and every kernel compiled, then under sanitizers
 
 lint: $(VENV)/.lint ## ruff and clang-format; changes nothing
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(FORMATTED)
 
 format: $(VENV)/.lint ## mends what lint complains about where a machine can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
-	$(VENV)/bin/clang-format -i $(CSRC)
+	$(VENV)/bin/clang-format -i $(FORMATTED)
 
 bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
 	$(PY) benchmarks/run.py all $(ARGS)
@@ -71,6 +73,9 @@ gpu: ## GPU tests and benchmarks in order of weight (BUDGET=540 RESULTS=DIR); wi
 
 kernels: $(KERNEL_REPORTS) ## compiles every Triton kernel and config without a GPU, writes docs/triton_kernels.md (-j2)
 	$(PY) tests/triton_table.py $^ docs/triton_kernels.md
+
+cuda-kernels: $(VENV)/.install ## compiles every CUDA kernel without a GPU (nvcc needed), writes docs/cuda_kernels.md
+	$(PY) tests/cuda_compile.py --table docs/cuda_kernels.md
 
 other-triton: $(OTHER_TRITON_FOLDER)/.installed ## a second Triton in build/, for the tests (OTHER_TRITON=3.6.0)
 

@@ -18,6 +18,7 @@ import torch
 
 _HERE = Path(__file__).resolve().parent
 LIBRARY_PATH = _HERE / "libeffops_kernels.so"
+CUDA_LIBRARY_PATH = _HERE / "libeffops_cuda.so"
 SCHEMAS_PATH = _HERE / "schemas.inc"
 _SCHEMA_LINE = re.compile(r'^EFFOPS_SCHEMA\("(.*)"\)\s*$', re.MULTILINE)
 
@@ -50,6 +51,22 @@ else:
     lib = torch.library.Library("effops", "DEF")
     for _schema in schemas():
         lib.define(_schema)
+
+
+def _load_cuda() -> str | None:
+    """Loads the library of CUDA kernels; returns None, or the reason why there are none."""
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA"
+    if not CUDA_LIBRARY_PATH.exists():
+        return f"{CUDA_LIBRARY_PATH.name} is not built (EFFOPS_BUILD=cuda builds it; it needs nvcc)"
+    try:
+        torch.ops.load_library(str(CUDA_LIBRARY_PATH))
+    except Exception as error:  # as above
+        return f"{CUDA_LIBRARY_PATH} does not load: {type(error).__name__}: {error}"
+    return None
+
+
+why_no_cuda: str | None = _load_cuda()
 
 
 def define_twin(name: str, twin: str) -> None:

@@ -24,7 +24,7 @@ from torch.nn.modules import module as _module_hooks
 
 from effops import _library
 from effops.ops.higher_order import transformed
-from effops.ops.registration import INTERPRETING
+from effops.ops.registration import CUDA_HOST, INTERPRETING
 
 ENV_VARIABLE = "EFFOPS_BACKEND"
 INTERPRETED_BFLOAT16_PRODUCT = "Triton's interpreter multiplies bfloat16 matrices wrongly"
@@ -115,13 +115,13 @@ def _why_no_triton() -> str | None:
     return None
 
 
-class _Triton(Backend):
-    """The Triton kernels of effops/ops/<op>/triton.py: CUDA GPUs, and the CPU where they are interpreted (tests)."""
+class _OnGpus(Backend):
+    """What the two kinds of GPU kernels have in common; both can also run on the CPU, slowly, for tests."""
 
-    name = "triton"
     device = "cuda"
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-    missing = _why_no_triton()
+    missing: str | None  # why there are none here
+    on_cpu: bool  # whether they run on the CPU in this process
     least_capability = (8, 0)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -131,30 +131,57 @@ class _Triton(Backend):
             reasons.append(self.missing)
         if x.is_cuda:
             reasons += self._device_reasons(x.device)
-        elif not (INTERPRETING and x.is_cpu):
-            hint = " (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)" if x.is_cpu else ""
-            reasons.append(f"device {x.device} is not a CUDA GPU{hint}")
+        elif not (self.on_cpu and x.is_cpu):
+            reasons.append(f"device {x.device} is not a CUDA GPU{self._hint() if x.is_cpu else ''}")
         if x.dtype not in self.dtypes:
             reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
-        elif INTERPRETING and x.dtype is torch.bfloat16 and call.op == "dsconv":
-            reasons.append(INTERPRETED_BFLOAT16_PRODUCT)
         if transformed():
             reasons.append(_TRANSFORMED)
         return reasons
 
+    def _hint(self) -> str:
+        return ""
+
     def _device_reasons(self, device: torch.device) -> list[str]:
         if torch.version.hip is not None:
             return ["ROCm is not supported"]
+        if self.on_cpu:
+            return ["in this process the kernels run on the CPU, for tests"]
         found = torch.cuda.get_device_capability(device)
         if found >= self.least_capability:
             return []
         return [f"compute capability {found[0]}.{found[1]} of {device} is below 8.0 (Ampere)"]
 
     def worth_it(self, call: Call) -> bool:
-        return call.input.is_cuda  # interpreted, it is for tests
+        return call.input.is_cuda
 
 
-BACKENDS: list[Backend] = [_Triton(), _Cpp(), _Reference()]
+class _Triton(_OnGpus):
+    """The Triton kernels of effops/ops/<op>/triton.py: CUDA GPUs, and the CPU where they are interpreted (tests)."""
+
+    name = "triton"
+    missing = _why_no_triton()
+    on_cpu = INTERPRETING
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        reasons = list(super().why_not(call))
+        if self.on_cpu and call.input.dtype is torch.bfloat16 and call.op == "dsconv":
+            reasons.append(INTERPRETED_BFLOAT16_PRODUCT)
+        return reasons
+
+    def _hint(self) -> str:
+        return " (TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly)"
+
+
+class _Cuda(_OnGpus):
+    """The CUDA kernels of csrc/cuda, and their host run (tests)."""
+
+    name = "cuda"
+    missing = None if CUDA_HOST else _library.why_no_cuda
+    on_cpu = bool(CUDA_HOST)
+
+
+BACKENDS: list[Backend] = [_Triton(), _Cuda(), _Cpp(), _Reference()]
 
 
 def names() -> tuple[str, ...]:

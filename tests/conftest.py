@@ -7,10 +7,17 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from cuda_host import build
 
-# Without a GPU, Triton kernels are interpreted; effops and Triton read this once, at their import.
+# Without a GPU, Triton kernels are interpreted and CUDA kernels run on the host; effops and Triton read this once, at
+# their import.
+why_no_host_run: str | None = None
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        os.environ["EFFOPS_CUDA_HOST"] = str(build.operators())
+    except RuntimeError as error:
+        why_no_host_run = str(error)
 
 from helpers import interpreted, poison_memory
 from hypothesis import HealthCheck, settings
@@ -19,7 +26,7 @@ from effops import _library, backends
 
 # Every test that takes `backend` runs once for each name. A new backend joins by adding its name here and, where it can
 # be absent, the reason to why_backend_missing.
-BACKENDS = ("reference", "cpp", "triton")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 settings.register_profile(
     "effops",
@@ -37,9 +44,11 @@ def why_backend_missing(name: str) -> str | None:
     """Why ``name`` cannot be tested here, or None."""
     if name == "cpp" and not _library.kernels_loaded:
         return f"backend cpp: {_library.why_not_loaded}"
-    if name == "triton":
-        triton = next(backend for backend in backends.BACKENDS if backend.name == "triton")
-        return triton.missing and f"backend triton: {triton.missing}"
+    if name in ("triton", "cuda"):
+        missing = next(backend for backend in backends.BACKENDS if backend.name == name).missing
+        if name == "cuda" and why_no_host_run:
+            missing = why_no_host_run
+        return missing and f"backend {name}: {missing}"
     return None
 
 
@@ -73,7 +82,7 @@ def pytest_pyfunc_call() -> Iterator[None]:
         raise
 
 
-@pytest.fixture(params=("reference", "triton"))
+@pytest.fixture(params=("reference", "triton", "cuda"))
 def float16_backend(request: pytest.FixtureRequest) -> str:
     """The backends that take float16 (the C++ kernels do not)."""
     require_backend(request.param)

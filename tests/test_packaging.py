@@ -24,7 +24,10 @@ from effops import _library, backends
 
 ROOT = Path(__file__).resolve().parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
-BUILD_VARIABLES = ("EFFOPS_BUILD", "EFFOPS_SANITIZE", "CXX", "MAX_JOBS", "PYTHONPATH", "LD_PRELOAD")
+BUILD_VARIABLES = (
+    *("EFFOPS_BUILD", "EFFOPS_SANITIZE", "CXX", "MAX_JOBS", "PYTHONPATH", "LD_PRELOAD"),
+    *("CUDA_HOME", "TORCH_CUDA_ARCH_LIST"),
+)
 NOT_SOURCES = shutil.ignore_patterns(
     ".*cache", ".git", ".venv", ".hypothesis", "build", "dist", "runs", "*.egg-info", "__pycache__", "*.so", "*.tmp"
 )
@@ -153,10 +156,11 @@ def test_wheel_with_kernels_is_built_from_the_sdist(sdist: Path, tmp_path: Path)
 
 INSTALL = "install g++ 11 or newer (Debian and Ubuntu: apt install g++), or set EFFOPS_BUILD=none for pure Python."
 STOPS = {
-    "unknown-build": ({"EFFOPS_BUILD": "bogus"}, "EFFOPS_BUILD='bogus' is unknown; use one of auto, cpu, none."),
+    "unknown-build": ({"EFFOPS_BUILD": "bogus"}, "EFFOPS_BUILD='bogus' is unknown; use one of auto, cpu, cuda, none."),
     "cuda": (
-        {"EFFOPS_BUILD": "cuda"},
-        "EFFOPS_BUILD=cuda: this version has no CUDA kernels; use one of auto, cpu, none.",
+        {"EFFOPS_BUILD": "cuda", "CXX": "true", "CUDA_HOME": "/nonexistent"},
+        "the CUDA kernels cannot be built: no CUDA toolkit with bin/nvcc and include/cuda_runtime.h was found in "
+        "CUDA_HOME='/nonexistent'; set EFFOPS_BUILD=cpu to build without them.",
     ),
     "missing-cxx": (
         {"EFFOPS_BUILD": "cpu", "CXX": "/nonexistent"},

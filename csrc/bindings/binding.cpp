@@ -167,6 +167,8 @@ std::int32_t dtype_code(ScalarType type) {
       return aoti_torch_dtype_bfloat16();
     case ScalarType::Half:
       return aoti_torch_dtype_float16();
+    case ScalarType::Byte:
+      return aoti_torch_dtype_uint8();
     default:
       return aoti_torch_dtype_float64();
   }
@@ -188,6 +190,11 @@ Tensor new_map(const Tensor& like, index_t n, index_t c, index_t h, index_t w, b
   const std::array<std::int64_t, 4> strides = channels_last ? std::array<std::int64_t, 4>{h * w * c, 1, w * c, c}
                                                             : std::array<std::int64_t, 4>{c * h * w, h * w, w, 1};
   return new_strided(like, like.scalar_type(), sizes.data(), strides.data(), 4);
+}
+
+Tensor new_bytes(const Tensor& like, std::size_t bytes) {
+  const std::int64_t size = static_cast<std::int64_t>(bytes), stride = 1;
+  return new_strided(like, ScalarType::Byte, &size, &stride, 1);
 }
 
 Tensor new_like_shape(const Tensor& like) {

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <optional>
 #include <tuple>
@@ -64,7 +65,8 @@ Tensor new_statistic(const Tensor& input, index_t channels);
 Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels,
                  const char* name);  // checked and contiguous
 
-Tensor new_like_shape(const Tensor& like);  // contiguous, the same sizes and dtype
+Tensor new_bytes(const Tensor& like, std::size_t bytes);  // scratch on the device of `like`
+Tensor new_like_shape(const Tensor& like);                // contiguous, the same sizes and dtype
 
 // The gradients a backward operator returns: allocated when their bit is set, listed in the order of the bits.
 class GradList {

@@ -3,7 +3,7 @@
 `effops::<name>` is the C++ operator of `schemas.inc`. `effops::<name>_triton` has the same schema and is implemented in
 Python by the function `<name>` of `effops/ops/<room>/triton.py`, for CUDA tensors, and for CPU tensors where Triton
 interprets its kernels (TRITON_INTERPRET=1 when Python starts: slow, for tests). That module, and Triton, are imported
-by the first call.
+by the first call. `effops::<name>_cuda_host` runs the CUDA kernels' sources on the CPU; it is there for tests alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ _twins: dict[str, list[str]] = {}  # other operators of the same schema and the 
 
 # Read once, like Triton's own decorator does: kernels are either compiled or interpreted for the whole process.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# A library that runs the CUDA kernels on the host (tests/cuda_host/build.py makes it): then CPU tensors take them.
+CUDA_HOST = os.environ.get("EFFOPS_CUDA_HOST", "")
 
 
 class Kernels(NamedTuple):
@@ -66,6 +68,12 @@ def register_fake(name: str) -> Callable:
         return fake
 
     return register
+
+
+def packets(*names: str) -> list[Any]:
+    """These operators and their twins, as `register_flop_formula` wants them."""
+    every = [operator for name in names for operator in (name, *_twins.get(name, ()))]
+    return [getattr(torch.ops.effops, operator) for operator in every]
 
 
 def fake_output(input: Tensor, shape: Sequence[int], geometry: list[int]) -> Tensor:
@@ -112,3 +120,26 @@ def _register_triton(room: str, name: str) -> Callable:
     for key in ("CUDA", "CPU") if INTERPRETING else ("CUDA",):
         _library.lib.impl(twin, run, key)
     return getattr(torch.ops.effops, twin).default
+
+
+# ---- CUDA C++ -------------------------------------------------------------------------------------------------------
+
+
+def cuda_kernels(forward: str, backward: str) -> Kernels:
+    """The CUDA C++ kernels of two operators, on GPUs or, where EFFOPS_CUDA_HOST names a library, on the host."""
+    return Kernels(
+        *(_host_twin(name) if CUDA_HOST else getattr(torch.ops.effops, name).default for name in (forward, backward))
+    )
+
+
+def _host_twin(name: str) -> Callable:
+    twin = f"{name}_cuda_host"
+    _library.define_twin(name, twin)
+    _twins.setdefault(name, []).append(twin)
+    _load_cuda_host()
+    return getattr(torch.ops.effops, twin).default
+
+
+@functools.cache
+def _load_cuda_host() -> None:
+    torch.ops.load_library(CUDA_HOST)

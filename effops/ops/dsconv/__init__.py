@@ -10,13 +10,23 @@ from effops.ops.dsconv import reference
 from effops.ops.dwconv import depthwise_flops, kernel_gradients
 from effops.ops.epilogue import BatchNorm, Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, register_fake, triton_kernels
+from effops.ops.registration import (
+    Kernels,
+    cuda_kernels,
+    fake_gradients,
+    fake_output,
+    kernels_of,
+    packets,
+    register_fake,
+    triton_kernels,
+)
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
     "triton": triton_kernels("dsconv", "dsconv_fwd", "dsconv_bwd"),
+    "cuda": cuda_kernels("dsconv_fwd", "dsconv_bwd"),
     "cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default),
 }
 # One without an entry here gets the norm as an operator of torch behind its convolution (functional.py).
@@ -79,7 +89,7 @@ def _dsconv_norm_bwd(
     return fake_gradients(tensors, _IMAGES, geometry, mask)
 
 
-@register_flop_formula([_ops.dsconv_fwd, _ops.dsconv_fwd_triton, _ops.dsconv_norm_fwd])
+@register_flop_formula(packets("dsconv_fwd", "dsconv_norm_fwd"))
 def _dsconv_fwd_flops(
     input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, scale, shift, residual, geometry, slopes, eps=None, *, out_shape,
@@ -108,7 +118,7 @@ class DSConv2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 16 ints of `effops/schemas.inc`.
         slopes: [depthwise slope, pointwise slope].
-        backend: name of the backend whose kernels run, forward and backward ("triton", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,keep+K,P,Q].

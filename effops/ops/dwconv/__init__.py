@@ -17,7 +17,16 @@ from effops.ops import geometry as G
 from effops.ops.dwconv import reference
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, register_fake, triton_kernels
+from effops.ops.registration import (
+    Kernels,
+    cuda_kernels,
+    fake_gradients,
+    fake_output,
+    kernels_of,
+    packets,
+    register_fake,
+    triton_kernels,
+)
 
 _ops = torch.ops.effops
 
@@ -25,10 +34,12 @@ _ops = torch.ops.effops
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
     "triton": triton_kernels("dwconv", "dwconv_fwd", "dwconv_bwd"),
+    "cuda": cuda_kernels("dwconv_fwd", "dwconv_bwd"),
     "cpp": Kernels(_ops.dwconv_fwd.default, _ops.dwconv_bwd.default),
 }
 STATS_KERNELS = {
     "triton": triton_kernels("dwconv", "dwconv_stats", "dwconv_stats_bwd"),
+    "cuda": cuda_kernels("dwconv_stats", "dwconv_stats_bwd"),
     "cpp": Kernels(_ops.dwconv_stats.default, _ops.dwconv_stats_bwd.default),
 }
 
@@ -72,12 +83,12 @@ def depthwise_flops(input: Sequence[int], weight: Sequence[int], geometry: list[
     return 2 * n * c * geometry[G.MULTIPLIER] * p * q * r * s
 
 
-@register_flop_formula([_ops.dwconv_fwd, _ops.dwconv_fwd_triton])
+@register_flop_formula(packets("dwconv_fwd"))
 def _dwconv_fwd_flops(input, weight, bias, scale, shift, residual, geometry, slope, out_shape=None):
     return depthwise_flops(input, weight, geometry)
 
 
-@register_flop_formula([_ops.dwconv_stats, _ops.dwconv_stats_triton])
+@register_flop_formula(packets("dwconv_stats"))
 def _dwconv_stats_flops(input, weight, bias, geometry, out_shape=None):
     return depthwise_flops(input, weight, geometry)
 
@@ -98,7 +109,7 @@ class DepthwiseConv2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 13 ints of `effops/schemas.inc`.
         slope: negative slope of leaky_relu.
-        backend: name of the backend whose kernels run, forward and backward ("triton", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,K,P,Q].

@@ -1,0 +1,44 @@
+// The operators for the CUDA key. Without a kernel of its own the batch norm of dsconv_norm_* is torch's (functional.py).
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+
+#include "csrc/bindings/dsconv.h"
+#include "csrc/bindings/dwconv.h"
+#include "csrc/cuda/device_info.h"
+#include "csrc/cuda/kernels_on.h"
+
+namespace effops {
+namespace {
+
+// The input's GPU, made current for the call, and torch's current stream there.
+class CudaContext {
+ public:
+  explicit CudaContext(const Tensor& input) : index_(input.get_device_index()), guard_(index_) {}
+  static void check(const Tensor& input) { STD_TORCH_CHECK(input.is_cuda(), "effops: input must be on a GPU"); }
+  cuda::Device device() const { return cuda::device_info(index_); }
+  cuda::Stream stream() const {
+    void* stream = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index_, &stream));
+    return stream;
+  }
+
+ private:
+  std::int32_t index_;
+  torch::stable::accelerator::DeviceGuard guard_;
+};
+
+using Dwconv = DwconvBindings<KernelsOn<CudaContext>>;
+using Dsconv = DsconvBindings<KernelsOn<CudaContext>>;
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(effops, CUDA, library) {
+  library.impl("dwconv_fwd", TORCH_BOX(&Dwconv::forward));
+  library.impl("dwconv_bwd", TORCH_BOX(&Dwconv::backward));
+  library.impl("dwconv_stats", TORCH_BOX(&Dwconv::statistics));
+  library.impl("dwconv_stats_bwd", TORCH_BOX(&Dwconv::statistics_backward));
+  library.impl("dsconv_fwd", TORCH_BOX(&Dsconv::forward));
+  library.impl("dsconv_bwd", TORCH_BOX(&Dsconv::backward));
+}
+
+}  // namespace effops

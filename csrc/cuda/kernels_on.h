@@ -1,0 +1,48 @@
+// The CUDA kernels as the bindings call them. A `Context` says on which device and stream a call runs: a GPU's
+// (bindings.cpp), or the host where tests run the same kernels (tests/cuda_host).
+#pragma once
+
+#include "csrc/bindings/binding.h"
+#include "csrc/cuda/kernels.h"
+
+namespace effops {
+
+template <class Context>
+struct KernelsOn {
+  static const Tensor& checked(const Tensor& input) {
+    Context::check(input);
+    return input;
+  }
+  static DType dtype(const Tensor& input) { return dtype_of(input, "input"); }
+
+  static void dwconv_fwd(const Tensor& input, const DwconvForwardArgs& args) {
+    const Context on(input);
+    cuda::dwconv_fwd(dtype(input), args, on.device(), on.stream());
+  }
+  static void dwconv_bwd(const Tensor& input, const DwconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::dwconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::dwconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void dwconv_stats(const Tensor& input, const DwconvStatsArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::dwconv_stats_scratch(dtype(input), args, on.device()));
+    cuda::dwconv_stats(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void dwconv_stats_bwd(const Tensor& input, const DwconvStatsBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::dwconv_stats_bwd_scratch(dtype(input), args, on.device()));
+    cuda::dwconv_stats_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void dsconv_fwd(const Tensor& input, const DsconvForwardArgs& args) {
+    const Context on(input);
+    cuda::dsconv_fwd(dtype(input), args, /*tf32=*/false, on.device(), on.stream());
+  }
+  static void dsconv_bwd(const Tensor& input, const DsconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::dsconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::dsconv_bwd(dtype(input), args, /*tf32=*/false, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+};
+
+}  // namespace effops

@@ -1,0 +1,226 @@
+// The depthwise window on registers: sizes, bounds, taps, bank indexing, and the sums of a cell of output pixels.
+// Shared by the rooms.
+#pragma once
+
+#include "csrc/cuda/math.h"
+
+namespace effops::cuda {
+
+// ---- sizes ----
+
+// A DepthwiseGeometry in 32 bits; D: output channels.
+struct Sizes {
+  int C, H, W, D, P, Q, R, S;
+  int stride_h, stride_w, pad_top, pad_left, dilation_h, dilation_w;
+  int multiplier, bank;
+};
+
+inline Sizes sizes_of(const DepthwiseGeometry& g) {
+  // No sum or product of sizes that a kernel forms is larger than these.
+  narrow(g.H + g.pad_top + g.P * g.stride_h + g.R * g.dilation_h);
+  narrow(g.W + g.pad_left + g.Q * g.stride_w + g.S * g.dilation_w);
+  narrow(g.R * g.S);
+  return {narrow(g.C),          narrow(g.H),          narrow(g.W),          narrow(g.out_channels()),
+          narrow(g.P),          narrow(g.Q),          narrow(g.R),          narrow(g.S),
+          narrow(g.stride_h),   narrow(g.stride_w),   narrow(g.pad_top),    narrow(g.pad_left),
+          narrow(g.dilation_h), narrow(g.dilation_w), narrow(g.multiplier), narrow(g.bank)};
+}
+
+// A window known at compile time, at dilation 1 and the same stride along both axes.
+template <int Rows, int Columns, int Stride>
+struct Window {
+  static constexpr int R = Rows, S = Columns, kStride = Stride, kTaps = R * S;
+  static bool fits(const DepthwiseGeometry& g) {
+    return g.R == R && g.S == S && g.stride_h == Stride && g.stride_w == Stride && g.dilation_h == 1 &&
+           g.dilation_w == 1;
+  }
+};
+
+// One that only the Sizes know.
+struct AnyWindow {
+  static constexpr int R = 1, S = 1, kStride = 1, kTaps = 1;
+};
+
+// The taps t in [begin, end) of an axis for which start + t * dilation lies inside [0, size).
+struct TapRange {
+  int begin, end;
+};
+EFFOPS_DEVICE TapRange valid_taps(int start, int dilation, int taps, int size) {
+  const int begin = start >= 0 ? 0 : (-start + dilation - 1) / dilation;
+  const int end = start >= size ? 0 : (size - 1 - start) / dilation + 1;
+  return {begin, end < taps ? end : taps};
+}
+
+EFFOPS_DEVICE bool inside(int i, int size) { return static_cast<unsigned>(i) < static_cast<unsigned>(size); }
+
+// ---- taps ----
+
+// Where the kernel of output channel o starts.
+template <class T>
+EFFOPS_DEVICE const T* kernel_of(const T* weight, const Sizes& g, int taps, int o) {
+  return weight + static_cast<index_t>(o % g.bank) * taps;
+}
+
+// The taps of output channels o .. o + N - 1. `turned`: by half a turn, as the gradient of the input wants them.
+template <class Window, int N, class T>
+EFFOPS_DEVICE void load_taps(const T* weight, const Sizes& g, int o, bool turned,
+                             compute<T> (&taps)[Window::kTaps][N]) {
+  EFFOPS_UNROLL
+  for (int j = 0; j < N; ++j) {
+    const T* tap = kernel_of(weight, g, Window::kTaps, o + j) + (turned ? Window::kTaps - 1 : 0);
+    EFFOPS_UNROLL
+    for (int t = 0; t < Window::kTaps; ++t, tap += turned ? -1 : 1) taps[t][j] = to_compute(load_global_cached(tap));
+  }
+}
+
+// ---- sums ----
+
+// Rows of a window are told apart in 32 bits: one multiply-add an address.
+template <class T>
+EFFOPS_DEVICE int row_stride_of(const Map<T>& map) {
+  return static_cast<int>(map.h);
+}
+// Whether they can be.
+inline bool short_rows(const TensorRef& map) {
+  constexpr index_t kRowsOfAnyCell = 32;
+  return map.h * kRowsOfAnyCell <= std::numeric_limits<int>::max();
+}
+
+// One column of a strip: the values of N channels in Rows consecutive rows from `row` on; zeros outside the map. All
+// accesses are issued before the first is used.
+template <int Rows, int N, class T>
+struct Column {
+  Vec<T, N> raw[Rows];
+
+  // at: the element of this column in row `row`, which need not exist. row_stride: see short_rows().
+  EFFOPS_DEVICE void load(const T* at, int row_stride, unsigned rows) {
+    EFFOPS_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      if (rows >> i & 1) {
+        raw[i] = load_vec<T, N>(at + i * row_stride);
+      } else {
+        raw[i] = Vec<T, N>{};
+      }
+    }
+  }
+  EFFOPS_DEVICE compute<T> value(int row, int channel) const { return to_compute(raw[row].v[channel]); }
+};
+
+// Bit i: whether row + i is inside the map.
+template <int Rows>
+EFFOPS_DEVICE unsigned rows_inside(int row, int height) {
+  unsigned rows = 0;
+  EFFOPS_UNROLL
+  for (int i = 0; i < Rows; ++i) rows |= inside(row + i, height) ? 1u << i : 0u;
+  return rows;
+}
+
+// The sums of `count` output columns from q on in Rows output rows from p on, column by column: every input element is
+// loaded once and added to each of the output columns that it reaches, of which ceil(S / stride) are open at a time.
+//
+//      input rows   x  x  x  x      the columns of one step, stride 1, 3x3, Rows = 2
+//      p - 1        .  .  .  o ---> sums of columns q, q - 1, q - 2, taps 0, 1, 2 of the kernel's rows
+//      p            .  .  .  o      column q - 2 is complete: emit(q - 2, sums[Rows][N])
+//      p + 1        .  .  .  o
+//      p + 2        .  .  .  o
+//
+// x: the thread's first channel of its image; N channels side by side.
+template <class Window, int Rows, int N, class T, class Emit>
+EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, int p, int q, int count,
+                         const compute<T> (&taps)[Window::kTaps][N], const Emit& emit) {
+  using C = compute<T>;
+  constexpr int kStride = Window::kStride;
+  constexpr int kRows = (Rows - 1) * kStride + Window::R, kOpen = (Window::S + kStride - 1) / kStride;
+  C sums[kOpen][Rows][N] = {};
+  const int row = p * kStride - g.pad_top;
+  int column = q * kStride - g.pad_left;
+  const unsigned rows = rows_inside<kRows>(row, g.H);
+  const T* at = image + row * x.h + column * x.w;
+  EFFOPS_NO_UNROLL
+  for (int step = 1 - kOpen; step < count; ++step) {
+    EFFOPS_UNROLL
+    for (int k = 0; k < kStride; ++k, ++column, at += x.w) {
+      Column<kRows, N, T> loaded;
+      loaded.load(at, row_stride_of(x), inside(column, g.W) ? rows : 0u);
+      EFFOPS_UNROLL
+      for (int i = 0; i < kRows; ++i) {
+        EFFOPS_UNROLL
+        for (int open = 0; open < kOpen; ++open) {
+          const int s = open * kStride + k;
+          if (s >= Window::S) continue;
+          EFFOPS_UNROLL
+          for (int output = 0; output < Rows; ++output) {
+            const int r = i - output * kStride;
+            if (r < 0 || r >= Window::R) continue;
+            EFFOPS_UNROLL
+            for (int j = 0; j < N; ++j) sums[open][output][j] += loaded.value(i, j) * taps[r * Window::S + s][j];
+          }
+        }
+      }
+    }
+    if (step >= 0) emit(q + step, sums[kOpen - 1]);
+    EFFOPS_UNROLL
+    for (int open = kOpen - 1; open >= 0; --open) {
+      EFFOPS_UNROLL
+      for (int output = 0; output < Rows; ++output) {
+        EFFOPS_UNROLL
+        for (int j = 0; j < N; ++j) sums[open][output][j] = open > 0 ? sums[open > 0 ? open - 1 : 0][output][j] : C(0);
+      }
+    }
+  }
+}
+
+// The same for one output column, where neighbouring threads own neighbouring columns and share its input in L1.
+template <class Window, int Rows, int N, class T>
+EFFOPS_DEVICE void column_sums(const Map<const T>& x, const T* image, const Sizes& g, int p, int q,
+                               const compute<T> (&taps)[Window::kTaps][N], compute<T> (&sums)[Rows][N]) {
+  constexpr int kRows = (Rows - 1) * Window::kStride + Window::R;
+  const int row = p * Window::kStride - g.pad_top, column = q * Window::kStride - g.pad_left;
+  const unsigned rows = rows_inside<kRows>(row, g.H);
+  const T* at = image + row * x.h + column * x.w;
+  EFFOPS_UNROLL
+  for (int output = 0; output < Rows; ++output) fill(sums[output], compute<T>(0));
+  EFFOPS_UNROLL
+  for (int s = 0; s < Window::S; ++s, at += x.w) {
+    Column<kRows, N, T> loaded;
+    loaded.load(at, row_stride_of(x), inside(column + s, g.W) ? rows : 0u);
+    EFFOPS_UNROLL
+    for (int i = 0; i < kRows; ++i) {
+      EFFOPS_UNROLL
+      for (int output = 0; output < Rows; ++output) {
+        const int r = i - output * Window::kStride;
+        if (r < 0 || r >= Window::R) continue;
+        EFFOPS_UNROLL
+        for (int j = 0; j < N; ++j) sums[output][j] += loaded.value(i, j) * taps[r * Window::S + s][j];
+      }
+    }
+  }
+}
+
+// The sums of output channels o .. o + N - 1 at one pixel for any window, stride and dilation, in a loop over the taps.
+// N > 1 wants channels side by side and multiplier 1.
+template <int N, class In, class T>
+EFFOPS_DEVICE void window_sums(const Map<const In>& x, const T* weight, const Sizes& g, index_t n, int o, int p, int q,
+                               compute<T> (&sums)[N]) {
+  const int row = p * g.stride_h - g.pad_top, column = q * g.stride_w - g.pad_left;
+  const TapRange r_range = valid_taps(row, g.dilation_h, g.R, g.H);
+  const TapRange s_range = valid_taps(column, g.dilation_w, g.S, g.W);
+  const In* image = x.at(n, o / g.multiplier, 0, 0);
+  const T* kernels[N];
+  EFFOPS_UNROLL
+  for (int j = 0; j < N; ++j) kernels[j] = kernel_of(weight, g, g.R * g.S, o + j);
+  fill(sums, compute<T>(0));
+  for (int r = r_range.begin; r < r_range.end; ++r) {
+    const In* line = image + (row + r * g.dilation_h) * x.h;
+    for (int s = s_range.begin; s < s_range.end; ++s) {
+      compute<T> value[N];
+      load_channels<N>(line + (column + s * g.dilation_w) * x.w, value);
+      EFFOPS_UNROLL
+      for (int j = 0; j < N; ++j) {
+        sums[j] += value[j] * to_compute(load_global_cached(kernels[j] + r * g.S + s));
+      }
+    }
+  }
+}
+
+}  // namespace effops::cuda
