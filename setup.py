@@ -147,6 +147,8 @@ def why_no_cuda() -> str | None:
     if find_toolkit() is None:
         where = f"in CUDA_HOME={os.environ['CUDA_HOME']!r}" if os.environ.get("CUDA_HOME") else "(or set CUDA_HOME)"
         return f"no CUDA toolkit with bin/nvcc and include/cuda_runtime.h was found {where}"
+    if importlib.util.find_spec("torch") is None:
+        return "torch is not installed"
     if not (torch_folder() / "lib/libtorch_cuda.so").exists():
         return f"torch {importlib.metadata.version('torch')} is built without CUDA"
     return None

@@ -113,6 +113,13 @@ def triton() -> str:
     return "triton"
 
 
+@pytest.fixture
+def cuda() -> str:
+    """For tests of the CUDA backend itself; its kernels run on the host where there is no GPU."""
+    require_backend("cuda")
+    return "cuda"
+
+
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
     """Seeds torch, NaN-fills uninitialised memory (an element nobody wrote then fails its test), restores threads."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -56,17 +57,19 @@ def backend_named(name: str) -> backends.Backend:
 
 
 @pytest.fixture
-def no_triton(monkeypatch: pytest.MonkeyPatch) -> str:
-    """Triton made absent; returns the reason."""
-    monkeypatch.setattr(backend_named("triton"), "missing", "Triton was left out", raising=False)
-    monkeypatch.setattr(backends, "INTERPRETING", False)
+def no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """The backends for GPUs made absent; returns the reason of each."""
+    for name in ("triton", "cuda"):
+        monkeypatch.setattr(backend_named(name), "missing", f"{name} was left out", raising=False)
+        monkeypatch.setattr(backend_named(name), "on_cpu", False, raising=False)
+    no_gpu = "was left out; device cpu is not a CUDA GPU"
     hint = "TRITON_INTERPRET=1 interprets the kernels on the CPU, slowly"
-    return f"Triton was left out; device cpu is not a CUDA GPU ({hint})"
+    return {"triton": f"triton {no_gpu} ({hint})", "cuda": f"cuda {no_gpu}"}
 
 
 def test_order_and_names() -> None:
-    assert [backend.name for backend in backends.BACKENDS] == ["triton", "cpp", "reference"]
-    assert backends.names() == ("auto", "triton", "cpp", "reference")
+    assert [backend.name for backend in backends.BACKENDS] == ["triton", "cuda", "cpp", "reference"]
+    assert backends.names() == ("auto", "triton", "cuda", "cpp", "reference")
 
 
 def test_auto_takes_the_first_that_can_and_pays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,12 +167,13 @@ def test_the_choice_of_forward_holds_for_backward(cpp: str) -> None:
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 
 
-def test_triton_names_every_reason(monkeypatch: pytest.MonkeyPatch, no_triton: str) -> None:
+@pytest.mark.parametrize("name", ("triton", "cuda"))
+def test_kernels_for_gpus_name_every_reason(name: str, no_gpu_kernels: dict[str, str]) -> None:
     x, w = X.to("meta", torch.int32), W.to("meta")
     c = call()._replace(input=x, weight=w)
     with torch.autograd.forward_ad.dual_level():
-        assert backend_named("triton").why_not(c) == [
-            "Triton was left out",
+        assert backend_named(name).why_not(c) == [
+            f"{name} was left out",
             "device meta is not a CUDA GPU",
             "dtype int32 is not supported (float32, float16, bfloat16, float64)",
             "functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops",
@@ -179,6 +183,20 @@ def test_triton_names_every_reason(monkeypatch: pytest.MonkeyPatch, no_triton: s
 def test_triton_interprets_on_the_cpu_when_asked_by_name_only(triton: str, cpp: str) -> None:
     assert taken(EF.depthwise_conv2d, X, W) == ["cpp"]
     assert taken(lambda: EF.depthwise_conv2d(X, W, backend="triton")) == ["triton"]
+
+
+def test_cuda_runs_on_the_host_when_asked_by_name_only(cuda: str, cpp: str) -> None:
+    assert taken(EF.depthwise_conv2d, X, W) == ["cpp"]
+    assert taken(lambda: EF.depthwise_conv2d(X, W, backend="cuda")) == ["cuda"]
+
+
+def test_cuda_without_its_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert torch.version.cuda or _library._load_cuda() == "this torch is built without CUDA"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(_library, "CUDA_LIBRARY_PATH", tmp_path / "libeffops_cuda.so")
+    assert _library._load_cuda() == "libeffops_cuda.so is not built (EFFOPS_BUILD=cuda builds it; it needs nvcc)"
+    (tmp_path / "libeffops_cuda.so").write_bytes(b"no library")
+    assert f"{tmp_path / 'libeffops_cuda.so'} does not load: OSError: " in _library._load_cuda()
 
 
 def test_triton_interpreted_refuses_bfloat16_products(triton: str) -> None:
@@ -252,7 +270,7 @@ class _Net(torch.nn.Module):
         return self.act(self.first(x))
 
 
-def test_explain_tells_module_call_backend_and_reasons(no_kernels: str, no_triton: str) -> None:
+def test_explain_tells_module_call_backend_and_reasons(no_kernels: str, no_gpu_kernels: dict[str, str]) -> None:
     explanation = effops.explain(_Net(), X)
     stats, block = explanation.calls
     assert stats == (
@@ -262,26 +280,29 @@ def test_explain_tells_module_call_backend_and_reasons(no_kernels: str, no_trito
         "3x3",
         "2 x [8]",
         "reference",
-        {"triton": no_triton, "cpp": no_kernels},
+        no_gpu_kernels | {"cpp": no_kernels},
     )
     assert block == (
         "first", "ds_conv2d", "float32[2,8,9,9] on cpu", "3x3 stride 2x2 + 1x1", "[2,7,5,5]", "reference",
-        {"triton": no_triton, "cpp": no_kernels},
+        no_gpu_kernels | {"cpp": no_kernels},
     )  # fmt: skip
+    triton, cuda = no_gpu_kernels.values()
     lines = str(explanation).splitlines()
     assert re.split(" {2,}", lines[0])[-3:] == ["output", "backend", "why not the others"]
     assert lines[1].startswith("-  ")
-    assert lines[2].startswith("first") and lines[2].endswith(f"reference  triton: {no_triton}; cpp: {no_kernels}")
+    assert lines[2].startswith("first") and lines[2].endswith(
+        f"reference  triton: {triton}; cuda: {cuda}; cpp: {no_kernels}"
+    )
     assert len({line.index(word) for line, word in zip(lines[1:], ("reference", "reference"), strict=True)}) == 1
 
 
-def test_explain_of_a_chosen_kernel(cpp: str, no_triton: str) -> None:
+def test_explain_of_a_chosen_kernel(cpp: str, no_gpu_kernels: dict[str, str]) -> None:
     (found,) = effops.explain(EF.depthwise_conv2d, X, W, padding=1).calls
     assert found.backend == "cpp"
-    assert found.why_not == {"triton": no_triton, "reference": "comes later in the list"}
+    assert found.why_not == no_gpu_kernels | {"reference": "comes later in the list"}
     with effops.use_backend("reference"):
         (found,) = effops.explain(EF.depthwise_conv2d, X, W).calls
-    assert found.why_not == {"triton": no_triton, "cpp": "another was asked for, or the cost rule prefers it"}
+    assert found.why_not == no_gpu_kernels | {"cpp": "another was asked for, or the cost rule prefers it"}
 
 
 def test_explain_leaves_nothing_behind() -> None:
@@ -302,9 +323,9 @@ def test_explain_records_no_gradient() -> None:
 # ---- info and the command line --------------------------------------------------------------------------------------
 
 
-def test_info_says_what_works_and_why_not(no_kernels: str, no_triton: str) -> None:
+def test_info_says_what_works_and_why_not(no_kernels: str, no_gpu_kernels: dict[str, str]) -> None:
     report = info.collect()
-    assert report["backends"] == {"triton": no_triton, "cpp": no_kernels, "reference": "works"}
+    assert report["backends"] == no_gpu_kernels | {"cpp": no_kernels, "reference": "works"}
     assert report["kernel library"] == {"loaded": False, "why not": no_kernels}
     assert report["effops"] == effops.__version__
     assert report["torch"]["torch"] == torch.__version__

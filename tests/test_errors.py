@@ -472,14 +472,14 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
     # -- backends
     "backend-unknown": (
         lambda: dw(backend="cudnn"), ValueError,
-        "depthwise_conv2d: unknown backend 'cudnn'; accepted: 'auto', 'triton', 'cpp', 'reference'",
+        "depthwise_conv2d: unknown backend 'cudnn'; accepted: 'auto', 'triton', 'cuda', 'cpp', 'reference'",
     ),
     "backend-kind": (
         lambda: ds(backend=None), TypeError, "ds_conv2d: the backend must be a string; got None (NoneType)",
     ),
     "use_backend-unknown": (
-        lambda: effops.use_backend("cuda").__enter__(), ValueError,
-        "use_backend: unknown backend 'cuda'; accepted: 'auto', 'triton', 'cpp', 'reference'",
+        lambda: effops.use_backend("cudnn").__enter__(), ValueError,
+        "use_backend: unknown backend 'cudnn'; accepted: 'auto', 'triton', 'cuda', 'cpp', 'reference'",
     ),
     "use_backend-kind": (
         lambda: effops.use_backend(1).__enter__(), TypeError, "use_backend: the backend must be a string; got 1 (int)",
@@ -508,7 +508,7 @@ CASES: dict[str, tuple[Callable[[], Any], type[Exception], str]] = {
             x(), None, x(8, 1, 3, 3), None, None, None, None, x(6, 8, 1, 1), None, None, None, None,
             [1, 1, 0, 0, 0, 0, 1, 1, 1, 0, 0, 0, 0, 0, 0], [0.0, 0.0], "reference"),
         ValueError,
-        "DSConv2dFunction: no kernels of a backend 'reference'; accepted: 'triton', 'cpp'",
+        "DSConv2dFunction: no kernels of a backend 'reference'; accepted: 'triton', 'cuda', 'cpp'",
     ),
     # -- the fakes, which raw calls under torch.compile meet
     "fake-mask": (

@@ -131,7 +131,7 @@ except RuntimeError as error:
         "reinstall effops with a C++ compiler"
     )
     assert second == "backends, in the order 'auto' tries them:"
-    assert [line.split(":")[0].strip() for line in rest] == ["triton", "cpp", "reference"]
+    assert [line.split(":")[0].strip() for line in rest] == ["triton", "cuda", "cpp", "reference"]
     assert "can run this: pass backend='reference' or 'auto'" in rest[2]
 
 
@@ -184,7 +184,8 @@ with effops.use_backend("reference"):
         EFFOPS_BACKEND="fastest",
     )
     assert out == (
-        "environment variable EFFOPS_BACKEND: unknown backend 'fastest'; accepted: 'auto', 'triton', 'cpp', 'reference'"
+        "environment variable EFFOPS_BACKEND: unknown backend 'fastest'; "
+        "accepted: 'auto', 'triton', 'cuda', 'cpp', 'reference'"
     )
 
 

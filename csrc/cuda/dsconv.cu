@@ -887,8 +887,8 @@ class Backward {
     if (args.grad_dw_weight) {
       // The address decides about the tiles, and so about the bytes; any that is aligned as scratch is will do.
       const TensorRef sums_grad = sums_grad_map(reinterpret_cast<void*>(kAlignment));
-      weight_scratch_ = take(depthwise_weight_gradient_scratch(dtype_of<T>, forward_.g, gradient(sums_grad),
-                                                               forward_.input, device));
+      weight_scratch_ =
+          take(depthwise_weight_gradient_scratch(dtype_of<T>, forward_.g, gradient(sums_grad), forward_.input, device));
     }
   }
 
