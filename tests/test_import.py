@@ -132,7 +132,7 @@ except RuntimeError as error:
     )
     assert second == "backends, in the order 'auto' tries them:"
     assert [line.split(":")[0].strip() for line in rest] == ["triton", "cuda", "cpp", "reference"]
-    assert "can run this: pass backend='reference' or 'auto'" in rest[2]
+    assert "can run this: pass backend='reference' or 'auto'" in rest[3]
 
 
 def test_a_library_that_does_not_load_is_a_reason(bare: Path, tmp_path: Path) -> None:
