@@ -91,8 +91,6 @@ def test_library_has_what_is_declared() -> None:
     """The kernels' host functions, for bindings to call."""
     declared = re.findall(r"\b(\w+)\(DType", (build.ROOT / "csrc" / "cuda" / "kernels.h").read_text())
     assert len(declared) == 10
-    if not build.KERNELS:
-        pytest.skip("there are no CUDA kernels yet")
     symbols = subprocess.run(
         ["nm", "--dynamic", "--defined-only", "--demangle", build.library("effops_cuda_host")],
         capture_output=True, text=True, check=True,
@@ -107,12 +105,13 @@ PLAIN, WATCHED = "29", "97"  # of so many calls one is made, without and with a 
 EVERYTHING = os.environ.get("EFFOPS_HOST_ALL") == "1"
 
 
+def problems(sanitize: str = "") -> Path:
+    return build.executable("problems", build.Source(FOLDER / "problems.cu"), sanitize=sanitize)
+
+
 def call_kernels(function: str, *options: str, sanitize: str = "") -> subprocess.CompletedProcess[str]:
-    if not build.KERNELS:
-        pytest.skip("there are no CUDA kernels yet")
     every = "1" if EVERYTHING else WATCHED if sanitize else PLAIN
-    path = build.executable("problems", build.Source(FOLDER / "problems.cu"), sanitize=sanitize)
-    return run(path, "--only", function, "--every", every, *options)
+    return run(problems(sanitize), "--only", function, "--every", every, *options)
 
 
 @pytest.mark.slow
@@ -130,6 +129,35 @@ def test_kernels_do_not_depend_on_order(function: str) -> None:
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_kernels_are_clean(function: str, sanitize: str) -> None:
     assert_passes(call_kernels(function, sanitize=sanitize))
+
+
+def test_blocks_read_what_their_results_need() -> None:
+    """The traffic of the kernels' pictures, counted: each input once a block plus halo, each output once."""
+    done = run(build.executable("traffic", build.Source(FOLDER / "traffic.cu")))
+    assert_passes(done)
+    assert done.stdout.count(": each block loads what its results need\n") == 24
+
+
+MUTATED = [
+    *("dwconv_bwd f32 2x16x9 window 3/1/1", "dwconv_stats f32 2x16x9 window 3/1/1"),
+    *("dsconv_fwd f16 2x16x9 window 3/1/1", "dsconv_bwd f16 2x16x9 window 3/1/1"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("calls", MUTATED, ids=lambda calls: calls.split(" 2x16")[0])
+def test_every_barrier_and_wait_is_needed(calls: str) -> None:
+    """Without any one of them results change, or are not finite, or ThreadSanitizer sees a race."""
+    whole = run(problems(), "--only", calls, "--order", "shuffled")
+    assert_passes(whole)
+    named = run(problems(), "--only", calls, "--sites").stdout.splitlines()
+    sites = [line for line in named if re.fullmatch(r"\S+:\d+", line)]
+    assert len(sites) >= 2
+    for site in sites:
+        without = run(problems(), "--only", calls, "--order", "shuffled", "--without", site)
+        if without.stdout == whole.stdout:
+            watched = run(problems("thread"), "--only", calls, "--every", "5", "--without", site)
+            assert watched.returncode == 66 and "WARNING: ThreadSanitizer: data race" in watched.stderr, site
 
 
 # ---- it sees what is wrong -------------------------------------------------------------------------------------------

@@ -93,6 +93,7 @@ template <class T, int N>
 EFFOPS_DEVICE Vec<T, N> load_vec(const T* address, cuda_host::Where where = cuda_host::Where::current()) {
   static_assert(sizeof(T) * N <= 16);
   cuda_host::check_aligned(address, sizeof(T) * N, where);
+  cuda_host::trace_access(address, sizeof(T) * N, false);
   Vec<T, N> loaded;
   std::memcpy(&loaded, address, sizeof(loaded));
   return loaded;
@@ -102,6 +103,7 @@ EFFOPS_DEVICE void store_vec(T* address, const Vec<T, N>& values,
                              cuda_host::Where where = cuda_host::Where::current()) {
   static_assert(sizeof(T) * N <= 16);
   cuda_host::check_aligned(address, sizeof(T) * N, where);
+  cuda_host::trace_access(address, sizeof(T) * N, true);
   std::memcpy(address, &values, sizeof(values));
 }
 // Through the read-only cache: of memory that nothing writes while the kernel runs.

@@ -131,6 +131,7 @@ EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, 
   using C = compute<T>;
   constexpr int kStride = Window::kStride;
   constexpr int kRows = (Rows - 1) * kStride + Window::R, kOpen = (Window::S + kStride - 1) / kStride;
+  constexpr int kLast = Window::S - (kOpen - 1) * kStride;  // columns of the last step that the last output needs
   C sums[kOpen][Rows][N] = {};
   const int row = p * kStride - g.pad_top;
   int column = q * kStride - g.pad_left;
@@ -140,8 +141,9 @@ EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, 
   for (int step = 1 - kOpen; step < count; ++step) {
     EFFOPS_UNROLL
     for (int k = 0; k < kStride; ++k, ++column, at += x.w) {
+      const bool needed = k < kLast || step + 1 < count;
       Column<kRows, N, T> loaded;
-      loaded.load(at, row_stride_of(x), inside(column, g.W) ? rows : 0u);
+      loaded.load(at, row_stride_of(x), needed && inside(column, g.W) ? rows : 0u);
       EFFOPS_UNROLL
       for (int i = 0; i < kRows; ++i) {
         EFFOPS_UNROLL

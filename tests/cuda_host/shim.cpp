@@ -25,8 +25,12 @@
 namespace effops::cuda_host {
 
 Place place;
+bool tracing = false;
+std::vector<Access> accesses;
 
 namespace {
+
+unsigned launches = 0;
 
 constexpr int kMaxThreads = 1024;
 constexpr std::size_t kGuardBytes = 256;  // on either side of shared memory
@@ -585,6 +589,10 @@ void product(float (&d)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b
 
 Settings& settings() { return machine().settings; }
 
+void note_access(const void* address, int bytes, bool store) {
+  accesses.push_back({launches - 1, place.block.x, address, bytes, store});
+}
+
 void synchronize() {
   const std::lock_guard turn(turn_of_threads());
   machine().run_waiting();
@@ -598,6 +606,7 @@ void launch(Kernel kernel, dim3 grid, dim3 block, std::size_t shared_bytes, cons
     settings.launched.push_back({reinterpret_cast<const void*>(kernel.function), grid, block, shared_bytes});
     return;
   }
+  ++launches;
   const auto* bytes = static_cast<const unsigned char*>(params);
   machine().submit({kernel, grid, block, shared_bytes, {bytes, bytes + params_bytes}});
 }

@@ -67,6 +67,23 @@ struct Settings {
 };
 
 Settings& settings();
+
+// An access to memory of some bytes, by a block of a launch; launches are counted from 0.
+struct Access {
+  unsigned launch, block;
+  const void* address;
+  int bytes;
+  bool store;
+};
+// While `tracing`, what load_vec, store_vec and asynchronous copies touch is added to `accesses`. One element that a
+// kernel reads or writes through a plain pointer is not seen.
+extern bool tracing;
+extern std::vector<Access> accesses;
+void note_access(const void* address, int bytes, bool store);
+inline void trace_access(const void* address, int bytes, bool store) {
+  if (tracing) note_access(address, bytes, store);
+}
+
 // Runs what waits because of Settings::overlap.
 void synchronize();
 
@@ -150,6 +167,7 @@ void copy_async(void* shared, const void* global, int valid_bytes, Where where =
   check_aligned(shared, kBytes, where);
   check_aligned(global, kBytes, where);
   check_shared(shared, kBytes, where);
+  if (valid_bytes > 0) trace_access(global, valid_bytes, false);
   Copy copy{shared, kBytes, 0, {}};
   const auto* from = static_cast<const unsigned char*>(global);
   for (int i = 0; i < valid_bytes; ++i) copy.from[i] = from[i];

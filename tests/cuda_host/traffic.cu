@@ -1,0 +1,225 @@
+// Counts what every block of the kernels reads and writes of the maps, each element once, and holds it against what its
+// results need: the floor of the kernels' pictures. Maps are channels_last, with channels that vectors of them divide.
+// Prints a line a case; exits with 1 where one is wrong.
+#include <cstdio>
+#include <map>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "csrc/cuda/device.h"
+#include "csrc/cuda/kernels.h"
+#include "tests/cuda_host/buffer.h"
+#include "tests/cuda_host/shim.h"
+
+namespace {
+
+using namespace effops;
+using cuda_host::Buffer;
+
+constexpr cuda::Device kDevice{4, 227 << 10, 90};
+
+using Elements = std::set<index_t>;
+using Blocks = std::map<std::pair<unsigned, unsigned>, Elements>;  // by launch and block
+
+struct Case {
+  const char* name;
+  index_t N, C, H, W, R, S, stride, dilation, multiplier;
+
+  DepthwiseGeometry geometry() const {
+    DepthwiseGeometry g{};
+    g.N = N, g.C = C, g.H = H, g.W = W, g.R = R, g.S = S;
+    g.stride_h = g.stride_w = stride;
+    g.dilation_h = g.dilation_w = dilation;
+    g.pad_top = dilation * (R - 1) / 2;
+    g.pad_left = dilation * (S - 1) / 2;
+    g.P = (H + 2 * g.pad_top - dilation * (R - 1) - 1) / stride + 1;
+    g.Q = (W + 2 * g.pad_left - dilation * (S - 1) - 1) / stride + 1;
+    g.multiplier = multiplier;
+    g.bank = g.out_channels();
+    return g;
+  }
+};
+
+constexpr Case kCases[] = {
+    {"3x3", 2, 40, 17, 19, 3, 3, 1, 1, 1}, {"3x3 stride 2", 2, 40, 17, 19, 3, 3, 2, 1, 1},
+    {"5x5", 1, 24, 18, 21, 5, 5, 1, 1, 1}, {"1x5", 1, 24, 9, 31, 1, 5, 1, 1, 1},
+    {"7x7", 1, 16, 12, 13, 7, 7, 1, 1, 1}, {"3x3 dilated", 1, 16, 12, 13, 3, 3, 1, 2, 1},
+};
+
+// A channels_last map [N, C, H, W] of floats.
+class FloatMap {
+ public:
+  FloatMap(index_t N, index_t C, index_t H, index_t W) : C_(C), H_(H), W_(W), data_(N * C * H * W) {
+    for (std::size_t i = 0; i < data_.size(); ++i) data_[i] = static_cast<float>(i % 7) - 3;
+  }
+  TensorRef ref() { return {data_.data(), H_ * W_ * C_, 1, W_ * C_, C_}; }
+  std::size_t size() const { return data_.size(); }
+
+  // The elements that each block loaded or stored; as often as they were stored in `times`.
+  Blocks touched(bool store, std::map<index_t, int>* times = nullptr) const {
+    Blocks blocks;
+    for (const cuda_host::Access& access : cuda_host::accesses) {
+      const index_t first = static_cast<const float*>(access.address) - data_.data();
+      if (access.store != store || first < 0 || first >= static_cast<index_t>(data_.size())) continue;
+      for (index_t i = first; i < first + access.bytes / 4; ++i) {
+        blocks[{access.launch, access.block}].insert(i);
+        if (times) ++(*times)[i];
+      }
+    }
+    return blocks;
+  }
+
+ private:
+  index_t C_, H_, W_;
+  Buffer<float> data_;
+};
+
+// Input elements under the window of output element `i` ([N, P, Q, channels] in memory): of its channel, or of all.
+void add_window(const DepthwiseGeometry& g, index_t i, index_t channels, bool all, Elements& found) {
+  const index_t o = i % channels, q = i / channels % g.Q, p = i / channels / g.Q % g.P, n = i / channels / g.Q / g.P;
+  for (index_t r = 0; r < g.R; ++r) {
+    for (index_t s = 0; s < g.S; ++s) {
+      const index_t h = p * g.stride_h + r * g.dilation_h - g.pad_top;
+      const index_t w = q * g.stride_w + s * g.dilation_w - g.pad_left;
+      if (h < 0 || h >= g.H || w < 0 || w >= g.W) continue;
+      const index_t pixel = ((n * g.H + h) * g.W + w) * g.C;
+      for (index_t c = 0; c < g.C; ++c) {
+        if (all || c == o / g.multiplier) found.insert(pixel + c);
+      }
+    }
+  }
+}
+
+Elements windows(const DepthwiseGeometry& g, const Elements& outputs, index_t channels, bool all) {
+  Elements found;
+  for (const index_t i : outputs) {
+    if (!all || i % channels == *outputs.begin() % channels) add_window(g, i, channels, all, found);
+  }
+  return found;
+}
+
+std::string judge(const Blocks& loaded, const Blocks& wanted) {
+  if (wanted.size() < 2) return "only one block: choose a larger map";
+  for (const auto& [block, elements] : wanted) {
+    const auto found = loaded.find(block);
+    const std::size_t count = found == loaded.end() ? 0 : found->second.size();
+    if (found == loaded.end() || found->second != elements) {
+      return "block " + std::to_string(block.second) + " loads " + std::to_string(count) + " elements, needs " +
+             std::to_string(elements.size());
+    }
+  }
+  return loaded.size() == wanted.size() ? "" : "blocks that load without a result";
+}
+
+std::string each_once(const std::map<index_t, int>& times, std::size_t size) {
+  for (const auto& [element, count] : times) {
+    if (count != 1) return "element " + std::to_string(element) + " " + std::to_string(count) + " times";
+  }
+  return times.size() == size ? "" : std::to_string(size - times.size()) + " elements not at all";
+}
+
+template <class Call>
+void trace(const Call& call) {
+  cuda_host::accesses.clear();
+  cuda_host::tracing = true;
+  call();
+  cuda_host::tracing = false;
+}
+
+// What the outputs that each block stores need of x, and that each is stored once.
+std::string forward(const Case& c, index_t K) {
+  const DepthwiseGeometry g = c.geometry();
+  const index_t D = g.out_channels(), channels = K ? K : D;
+  FloatMap x(g.N, g.C, g.H, g.W), y(g.N, channels, g.P, g.Q);
+  Buffer<float> weight(D * g.R * g.S), matrix(channels * D);
+  trace([&] {
+    if (K) {
+      DsconvForwardArgs args{};
+      args.g = g, args.K = K, args.input = x.ref(), args.output = y.ref(), args.dw_weight = weight.data();
+      args.pw_weight = matrix.data(), args.pw_stride_k = D, args.pw_stride_c = 1;
+      cuda::dsconv_fwd(DType::f32, args, false, kDevice, nullptr);
+    } else {
+      cuda::dwconv_fwd(DType::f32, {g, x.ref(), y.ref(), weight.data(), {}}, kDevice, nullptr);
+    }
+  });
+  std::map<index_t, int> times;
+  Blocks wanted = y.touched(true, &times);
+  for (auto& [block, elements] : wanted) elements = windows(g, elements, channels, K > 0);
+  const std::string wrong = each_once(times, y.size());
+  return wrong.empty() ? judge(x.touched(false), wanted) : "stores " + wrong;
+}
+
+// What each block's elements of the input's gradient need of the gradient at the sums.
+std::string input_gradient(const Case& c) {
+  const DepthwiseGeometry g = c.geometry();
+  const index_t D = g.out_channels();
+  FloatMap x(g.N, g.C, g.H, g.W), grad(g.N, D, g.P, g.Q), dx(g.N, g.C, g.H, g.W);
+  Buffer<float> weight(D * g.R * g.S);
+  trace([&] {
+    DwconvBackwardArgs args{g, grad.ref(), {}, x.ref(), weight.data(), {}, dx.ref()};
+    Buffer<char> scratch(cuda::dwconv_bwd_scratch(DType::f32, args, kDevice) + 1);
+    cuda::dwconv_bwd(DType::f32, args, kDevice, scratch.data(), nullptr);
+  });
+  std::map<index_t, Elements> readers;  // outputs whose window covers an input element
+  for (index_t i = 0; i < static_cast<index_t>(grad.size()); ++i) {
+    Elements covered;
+    add_window(g, i, D, false, covered);
+    for (const index_t element : covered) readers[element].insert(i);
+  }
+  std::map<index_t, int> times;
+  Blocks wanted = dx.touched(true, &times);
+  for (auto& [block, elements] : wanted) {
+    Elements needed;
+    for (const index_t element : elements) needed.insert(readers[element].begin(), readers[element].end());
+    elements = needed;
+  }
+  const std::string wrong = each_once(times, dx.size());
+  return wrong.empty() ? judge(grad.touched(false), wanted) : "stores " + wrong;
+}
+
+// Each gradient at the sums is read by one block, with the inputs under its window.
+std::string weight_gradient(const Case& c) {
+  const DepthwiseGeometry g = c.geometry();
+  const index_t D = g.out_channels();
+  FloatMap x(g.N, g.C, g.H, g.W), grad(g.N, D, g.P, g.Q);
+  Buffer<float> weight(D * g.R * g.S), found(D * g.R * g.S);
+  trace([&] {
+    DwconvBackwardArgs args{g, grad.ref(), {}, x.ref(), weight.data(), {}, {}, found.data()};
+    Buffer<char> scratch(cuda::dwconv_bwd_scratch(DType::f32, args, kDevice) + 1);
+    cuda::dwconv_bwd(DType::f32, args, kDevice, scratch.data(), nullptr);
+  });
+  Blocks wanted = grad.touched(false);
+  std::map<index_t, int> owners;
+  for (auto& [block, elements] : wanted) {
+    for (const index_t element : elements) ++owners[element];
+    elements = windows(g, elements, D, false);
+  }
+  const std::string wrong = each_once(owners, grad.size());
+  return wrong.empty() ? judge(x.touched(false), wanted) : "gradients read by blocks: " + wrong;
+}
+
+int report(const char* kernel, const Case& c, const std::string& wrong) {
+  std::printf("%s %s: %s\n", kernel, c.name, wrong.empty() ? "each block loads what its results need" : wrong.c_str());
+  return wrong.empty() ? 0 : 1;
+}
+
+}  // namespace
+
+int main() try {
+  int wrong = 0;
+  for (const Case& c : kCases) {
+    wrong += report("dwconv forward", c, forward(c, 0));
+    if (c.R == c.S && c.R < 7 && c.dilation == 1) {  // the gradients of other windows read through plain pointers
+      wrong += report("dwconv input gradient", c, input_gradient(c));
+      wrong += report("dwconv weight gradient", c, weight_gradient(c));
+    }
+    wrong += report("dsconv forward, 24 channels", c, forward(c, 24));
+    wrong += report("dsconv forward, 160 channels", c, forward(c, 160));
+  }
+  return wrong ? 1 : 0;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 1;
+}
