@@ -116,12 +116,22 @@ def torch_folder() -> Path:
 
 
 def find_ninja() -> str:
-    """ninja beside this Python (the environment may not be activated), else on PATH."""
+    """ninja beside this Python (the environment may not be activated), else on PATH, else in the package ninja."""
     beside = shutil.which("ninja", path=str(Path(sys.executable).parent))
-    ninja = beside or shutil.which("ninja")
+    ninja = beside or shutil.which("ninja") or packaged_ninja()
     if ninja is None:
         stop(f"building the kernel library needs ninja: `pip install ninja`, or {PURE_PYTHON}.")
     return ninja
+
+
+def packaged_ninja() -> str | None:
+    """The program in a ninja package that lies in a folder of PYTHONPATH, where nothing puts it on PATH."""
+    spec = importlib.util.find_spec("ninja")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    places = (folder / "data" / "bin", folder.parent / "bin")  # of older packages, of newer ones
+    return next(filter(None, (shutil.which("ninja", path=str(place)) for place in places)), None)
 
 
 # ---- CUDA -----------------------------------------------------------------------------------------------------------

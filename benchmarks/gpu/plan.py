@@ -137,7 +137,7 @@ def make(backends: Sequence[str] = ("auto",)) -> list[Item]:
     own = tuple(f"effops-{name}" for name in sorted(backends, key=lambda name: name == "auto"))
     return [
         Item("environment", "environment", "the machine and its software", _START_S, needs=()),
-        Item("build", "build", "the C++ kernel library (EFFOPS_BUILD=auto)", 60, limit=400, needs=()),
+        Item("build", "build", "the kernel libraries (EFFOPS_BUILD=auto)", 150, limit=400, needs=()),
         Item(
             "tests",
             "tests",
