@@ -15,6 +15,7 @@ import tarfile
 import tomllib
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -295,3 +296,69 @@ def test_the_readme_names_what_exists() -> None:
             assert issubclass(getattr(effops, name), torch.nn.Module), name
     (table,) = re.findall(r"## Backends\n(.*?)\n## ", readme, re.DOTALL)
     assert tuple(re.findall(r"^\| `(\w+)`", table, re.MULTILINE)) == backends.names()[1:]
+
+
+# ---- CUDA -----------------------------------------------------------------------------------------------------------
+
+# torch's CPU build lacks one library and, of what is in it, the kernels' library needs one function.
+STREAM = "int aoti_torch_get_current_cuda_stream(int index, void** stream) { *stream = 0; return index; }"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.environ.get("EFFOPS_COMPILE_ALL") != "1", reason="takes minutes: EFFOPS_COMPILE_ALL=1")
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has CUDA: `make gpu` builds the library")
+def test_cuda_library_builds_links_and_registers(checkout: Path, tmp_path: Path) -> None:
+    """Against torch's CPU build with a stand-in for libtorch_cuda.so; nothing is run."""
+    real, stand_in = Path(torch.__file__).parent, tmp_path / "stand_in" / "torch"
+    (stand_in / "lib").mkdir(parents=True)
+    (stand_in / "__init__.py").touch()
+    (stand_in / "include").symlink_to(real / "include")
+    for library in (real / "lib").iterdir():
+        (stand_in / "lib" / library.name).symlink_to(library)
+    source = tmp_path / "stream.c"
+    source.write_text(STREAM)
+    command = ["gcc", "-shared", "-fPIC", "-o", str(stand_in / "lib" / "libtorch_cuda.so"), str(source)]
+    subprocess.run(command, check=True)
+    succeed(
+        "setup.py", "--quiet", "build", "--build-lib", tmp_path / "built", cwd=checkout,
+        EFFOPS_BUILD="cuda", TORCH_CUDA_ARCH_LIST="9.0", PYTHONPATH=str(stand_in.parent),
+    )  # fmt: skip
+    code = (
+        "import sys, torch\n"
+        "for path in sys.argv[1:]: torch.ops.load_library(path)\n"
+        "has = torch._C._dispatch_has_kernel_for_dispatch_key\n"
+        "print(*(has(f'effops::{name}', 'CUDA') for name in ('dwconv_fwd', 'dwconv_bwd', 'dwconv_stats',\n"
+        "        'dwconv_stats_bwd', 'dsconv_fwd', 'dsconv_bwd')))"
+    )
+    libraries = [tmp_path / "built" / "effops" / name for name in ("libeffops_kernels.so", "libeffops_cuda.so")]
+    found = succeed("-c", code, *libraries, cwd=tmp_path, LD_LIBRARY_PATH=str(stand_in / "lib"))
+    assert found.split() == ["True"] * 6
+
+
+def setup_functions() -> dict[str, Any]:
+    """What setup.py defines, without its call of setup()."""
+    text = (ROOT / "setup.py").read_text().rpartition("\nsetup(")[0]
+    names: dict[str, Any] = {"__file__": str(ROOT / "setup.py")}
+    exec(compile(text, "setup.py", "exec"), names)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("listed", "flags"),
+    [
+        ("9.0", ["code=sm_90"]),
+        ("8.0;9.0a+PTX", ["code=sm_80", "code=sm_90a", "code=compute_80"]),
+        ("8.6, 10.0", ["code=sm_86", "code=sm_100"]),
+    ],
+)
+def test_architectures(listed: str, flags: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    assert [flag.split(",")[1] for flag in setup_functions()["architecture_flags"]()] == flags
+
+
+@pytest.mark.parametrize("listed", ["7.5", "Hopper", "9.0;sm_90"])
+def test_architectures_that_are_none(listed: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", listed)
+    with pytest.raises(SystemExit, match="is not a compute capability of at least 8.0"):
+        setup_functions()["architecture_flags"]()
