@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import zlib
 from collections.abc import Iterator
 
 import pytest
@@ -89,13 +90,24 @@ def float16_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+def why_not_interpreted(node: pytest.Item) -> str | None:
+    """Why `make test` leaves this test out where Triton kernels are interpreted."""
+    marker = node.get_closest_marker("slow_interpreted")
+    if marker:
+        return marker.args[0]
+    if "dtype" in node.callspec.params and zlib.crc32(node.nodeid.encode()) % 2:
+        return "of the cases in every dtype, half are run"
+    return None
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of every backend in turn; the Triton kernels are interpreted where there is no GPU."""
     require_backend(request.param)
-    slow = request.node.get_closest_marker("slow_interpreted")
-    if slow and interpreted(request.param) and os.environ.get("EFFOPS_INTERPRET_ALL") != "1":
-        pytest.skip(f"interpreted kernels: {slow.args[0]}; EFFOPS_INTERPRET_ALL=1 (make test-all) runs it")
+    if interpreted(request.param) and os.environ.get("EFFOPS_INTERPRET_ALL") != "1":
+        reason = why_not_interpreted(request.node)
+        if reason:
+            pytest.skip(f"interpreted kernels: {reason}; EFFOPS_INTERPRET_ALL=1 (make test-all) runs it")
     return request.param
 
 

@@ -156,7 +156,7 @@ def test_every_barrier_and_wait_is_needed(calls: str) -> None:
     for site in sites:
         without = run(problems(), "--only", calls, "--order", "shuffled", "--without", site)
         if without.stdout == whole.stdout:
-            watched = run(problems("thread"), "--only", calls, "--every", "5", "--without", site)
+            watched = run(problems("thread"), "--only", calls, "--every", "11", "--without", site)
             assert watched.returncode == 66 and "WARNING: ThreadSanitizer: data race" in watched.stderr, site
 
 
