@@ -93,7 +93,7 @@ sanitize: build ## the operators' tests on kernels built with AddressSanitizer a
 	done; \
 	cd $(SANITIZED); \
 	export LD_PRELOAD="$$runtime" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=$(SANITIZED); \
-	EFFOPS_REQUIRE_CPP=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile -k "not reference and not triton and not cuda" -m "not slow" tests/test_dwconv.py tests/test_dsconv.py $(ARGS)
+	EFFOPS_REQUIRE_CPP=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -k "not reference and not triton and not cuda" -m "not slow" tests/test_dwconv.py tests/test_dsconv.py $(ARGS)
 
 clean: ## removes the environment and everything built
 	rm -rf $(VENV) build dist effops.egg-info effops/libeffops_kernels.so
