@@ -29,8 +29,6 @@ def nvcc() -> None:
 
 @pytest.fixture(scope="module")
 def kernels(nvcc: None) -> list[Kernel]:
-    if not cuda_compile.SOURCES:
-        pytest.skip("there are no CUDA kernels yet")
     return cuda_compile.collect(ARCHS)
 
 

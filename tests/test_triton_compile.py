@@ -90,13 +90,16 @@ def run_check(folder: Path, other: bool, *arguments: str) -> tuple[subprocess.Co
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[Run, Future[dict]]]:
     """The reports of all runs, which go on side by side."""
 
-    def report_of(run: Run) -> dict:
+    def report_of(run: Run, folder: Path) -> dict:
         limit = [] if EVERYTHING else ["--at-most", str(run.at_most), "--part", run.part]
-        _, report = run_check(tmp_path_factory.mktemp(run.name), run.other, "--arch", str(run.arch), *limit)
+        _, report = run_check(folder, run.other, "--arch", str(run.arch), *limit)
         return report
 
+    wanted = [run for run in RUNS if OTHER_TRITON or not run.other]
+    # Made here, not in the threads: two that ask pytest for its first folder at once race to make the one above it.
+    folders = {run: tmp_path_factory.mktemp(run.name) for run in wanted}
     with ThreadPoolExecutor(PROCESSES) as pool:
-        yield {run: pool.submit(report_of, run) for run in RUNS if OTHER_TRITON or not run.other}
+        yield {run: pool.submit(report_of, run, folders[run]) for run in wanted}
 
 
 def own_rows(reports: dict[Run, Future[dict]]) -> list[dict]:
