@@ -96,7 +96,7 @@ sanitize: build ## the operators' tests on kernels built with AddressSanitizer a
 	EFFOPS_REQUIRE_CPP=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -k "not reference and not triton and not cuda" -m "not slow" tests/test_dwconv.py tests/test_dsconv.py $(ARGS)
 
 clean: ## removes the environment and everything built
-	rm -rf $(VENV) build dist effops.egg-info effops/libeffops_kernels.so
+	rm -rf $(VENV) build dist effops.egg-info effops/libeffops_kernels.so effops/libeffops_cuda.so
 
 build/compiled/sm_%.json: $(VENV)/.build $(shell find effops/ops -name '*.py') $(wildcard tests/triton_*.py)
 	mkdir -p build/compiled

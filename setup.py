@@ -47,8 +47,6 @@ LINK_CHECK = "-Wl,-z,defs"
 # libstdc++ comes first: libtorch_cpu re-exports some of its symbols without a version and must not be taken for their
 # home, since the next release of torch need not do so.
 LIBRARIES = ["-lstdc++", "-ltorch_cpu", "-lc10"]
-
-
 CUDA_LIBRARIES = ["-lstdc++", "-ltorch_cuda", "-ltorch_cpu", "-lc10", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # where TORCH_CUDA_ARCH_LIST says nothing
 LEAST_ARCHITECTURE = (8, 0)

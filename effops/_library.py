@@ -70,7 +70,7 @@ why_no_cuda: str | None = _load_cuda()
 
 
 def define_twin(name: str, twin: str) -> None:
-    """Defines operator `twin`, Python's alone, with the schema of operator `name`."""
+    """Defines operator `twin` with the schema of operator `name`; it is this process's, not the library's."""
     (schema,) = (schema for schema in schemas() if schema.startswith(f"{name}("))
     lib.define(schema.replace(name, twin, 1))
 

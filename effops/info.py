@@ -15,9 +15,12 @@ ENVIRONMENT = (
     "EFFOPS_CPU_ISA",
     "EFFOPS_BUILD",
     "EFFOPS_SANITIZE",
+    "EFFOPS_CUDA_HOST",
     "TRITON_INTERPRET",
     "CXX",
     "MAX_JOBS",
+    "CUDA_HOME",
+    "TORCH_CUDA_ARCH_LIST",
     "OMP_NUM_THREADS",
 )
 
@@ -88,6 +91,14 @@ def _kernels() -> dict[str, Any]:
     return {"loaded": True, "file": str(_library.LIBRARY_PATH), **_library.build_info()}
 
 
+def _cuda_kernels() -> dict[str, Any]:
+    from effops import _library
+
+    if _library.why_no_cuda:
+        return {"loaded": False, "why not": _library.why_no_cuda}
+    return {"loaded": True, "file": str(_library.CUDA_LIBRARY_PATH)}
+
+
 def _effops() -> str:
     import effops
 
@@ -106,6 +117,7 @@ def collect() -> dict[str, Any]:
         "gpus": _safe(_gpus),
         "packages": {name: _safe(lambda name=name: _version(name)) for name in ("numpy", "triton")},
         "kernel library": _safe(_kernels),
+        "CUDA kernel library": _safe(_cuda_kernels),
         "backends": _safe(_backends),
         "environment": {name: os.environ.get(name, "(not set)") for name in ENVIRONMENT},
     }

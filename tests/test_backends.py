@@ -59,6 +59,7 @@ def backend_named(name: str) -> backends.Backend:
 @pytest.fixture
 def no_gpu_kernels(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """The backends for GPUs made absent; returns the reason of each."""
+    monkeypatch.setattr(_library, "why_no_cuda", "cuda was left out")
     for name in ("triton", "cuda"):
         monkeypatch.setattr(backend_named(name), "missing", f"{name} was left out", raising=False)
         monkeypatch.setattr(backend_named(name), "on_cpu", False, raising=False)
@@ -327,6 +328,7 @@ def test_info_says_what_works_and_why_not(no_kernels: str, no_gpu_kernels: dict[
     report = info.collect()
     assert report["backends"] == no_gpu_kernels | {"cpp": no_kernels, "reference": "works"}
     assert report["kernel library"] == {"loaded": False, "why not": no_kernels}
+    assert report["CUDA kernel library"] == {"loaded": False, "why not": _library.why_no_cuda}
     assert report["effops"] == effops.__version__
     assert report["torch"]["torch"] == torch.__version__
     assert f"  cpp: {no_kernels}" in info.text(report).splitlines()
@@ -339,6 +341,12 @@ def test_info_of_a_loaded_library(cpp: str) -> None:
     assert library["loaded"] is True
     assert library["isa"] in library["compiled_isas"]
     assert library["compiler"]
+
+
+def test_info_of_a_loaded_cuda_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_library, "why_no_cuda", None)
+    expected = {"loaded": True, "file": str(_library.CUDA_LIBRARY_PATH)}
+    assert info.collect()["CUDA kernel library"] == expected
 
 
 def test_info_never_throws(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 // The operators for the CPU key.
-#include "csrc/bindings/dsconv.h"
-#include "csrc/bindings/dwconv.h"
+#include "csrc/bindings/operators.h"
 #include "csrc/cpu/runtime.h"
 
 namespace effops {
@@ -32,20 +31,12 @@ struct CpuKernels {
   }
 };
 
-using Dwconv = DwconvBindings<CpuKernels>;
-using Dsconv = DsconvBindings<CpuKernels>;
-
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
-  library.impl("dwconv_fwd", TORCH_BOX(&Dwconv::forward));
-  library.impl("dwconv_bwd", TORCH_BOX(&Dwconv::backward));
-  library.impl("dwconv_stats", TORCH_BOX(&Dwconv::statistics));
-  library.impl("dwconv_stats_bwd", TORCH_BOX(&Dwconv::statistics_backward));
-  library.impl("dsconv_fwd", TORCH_BOX(&Dsconv::forward));
-  library.impl("dsconv_bwd", TORCH_BOX(&Dsconv::backward));
-  library.impl("dsconv_norm_fwd", TORCH_BOX(&Dsconv::norm_forward));
-  library.impl("dsconv_norm_bwd", TORCH_BOX(&Dsconv::norm_backward));
+  EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
+  library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
+  library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
 }
 
 }  // namespace effops

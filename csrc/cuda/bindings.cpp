@@ -2,8 +2,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-#include "csrc/bindings/dsconv.h"
-#include "csrc/bindings/dwconv.h"
+#include "csrc/bindings/operators.h"
 #include "csrc/cuda/device_info.h"
 #include "csrc/cuda/kernels_on.h"
 
@@ -27,18 +26,10 @@ class CudaContext {
   torch::stable::accelerator::DeviceGuard guard_;
 };
 
-using Dwconv = DwconvBindings<KernelsOn<CudaContext>>;
-using Dsconv = DsconvBindings<KernelsOn<CudaContext>>;
+using Kernels = KernelsOn<CudaContext>;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(effops, CUDA, library) {
-  library.impl("dwconv_fwd", TORCH_BOX(&Dwconv::forward));
-  library.impl("dwconv_bwd", TORCH_BOX(&Dwconv::backward));
-  library.impl("dwconv_stats", TORCH_BOX(&Dwconv::statistics));
-  library.impl("dwconv_stats_bwd", TORCH_BOX(&Dwconv::statistics_backward));
-  library.impl("dsconv_fwd", TORCH_BOX(&Dsconv::forward));
-  library.impl("dsconv_bwd", TORCH_BOX(&Dsconv::backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(effops, CUDA, library) { EFFOPS_REGISTER_OPERATORS(library, Kernels, ""); }
 
 }  // namespace effops

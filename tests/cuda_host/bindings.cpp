@@ -1,7 +1,6 @@
 // The operators with the CUDA kernels run on the host: `<op>_cuda_host` on CPU tensors, for tests (effops/ops/registration.py
 // defines them where EFFOPS_CUDA_HOST names the library).
-#include "csrc/bindings/dsconv.h"
-#include "csrc/bindings/dwconv.h"
+#include "csrc/bindings/operators.h"
 #include "csrc/cuda/kernels_on.h"
 
 namespace effops {
@@ -16,18 +15,10 @@ class HostContext {
   cuda::Stream stream() const { return nullptr; }
 };
 
-using Dwconv = DwconvBindings<KernelsOn<HostContext>>;
-using Dsconv = DsconvBindings<KernelsOn<HostContext>>;
+using Kernels = KernelsOn<HostContext>;
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
-  library.impl("dwconv_fwd_cuda_host", TORCH_BOX(&Dwconv::forward));
-  library.impl("dwconv_bwd_cuda_host", TORCH_BOX(&Dwconv::backward));
-  library.impl("dwconv_stats_cuda_host", TORCH_BOX(&Dwconv::statistics));
-  library.impl("dwconv_stats_bwd_cuda_host", TORCH_BOX(&Dwconv::statistics_backward));
-  library.impl("dsconv_fwd_cuda_host", TORCH_BOX(&Dsconv::forward));
-  library.impl("dsconv_bwd_cuda_host", TORCH_BOX(&Dsconv::backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) { EFFOPS_REGISTER_OPERATORS(library, Kernels, "_cuda_host"); }
 
 }  // namespace effops

@@ -1,0 +1,16 @@
+// All operators of one set of kernels, registered in one place: a room that is added here is added on every device.
+#pragma once
+
+#include "csrc/bindings/dsconv.h"
+#include "csrc/bindings/dwconv.h"
+
+// In STABLE_TORCH_LIBRARY_IMPL: operators `<name><suffix>` run on `Kernels`.
+#define EFFOPS_REGISTER_OPERATORS(library, Kernels, suffix)                                            \
+  do {                                                                                                 \
+    library.impl("dwconv_fwd" suffix, TORCH_BOX(&DwconvBindings<Kernels>::forward));                   \
+    library.impl("dwconv_bwd" suffix, TORCH_BOX(&DwconvBindings<Kernels>::backward));                  \
+    library.impl("dwconv_stats" suffix, TORCH_BOX(&DwconvBindings<Kernels>::statistics));              \
+    library.impl("dwconv_stats_bwd" suffix, TORCH_BOX(&DwconvBindings<Kernels>::statistics_backward)); \
+    library.impl("dsconv_fwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::forward));                   \
+    library.impl("dsconv_bwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::backward));                  \
+  } while (false)
