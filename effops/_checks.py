@@ -73,7 +73,7 @@ def check_vector(op: str, name: str, t: Tensor, channels: int, kind: Kind) -> No
     if t.dtype not in (dtype, torch.float32):
         raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: the input's {dtype}, or torch.float32")
     _require_device(op, name, t, device)
-    raise ValueError(f"{op}: {name} must be {what}; got {_shape(t.shape)}")
+    raise ValueError(f"{op}: {name} must be {what}; got {shape_text(t.shape)}")
 
 
 def check_batch_norm(
@@ -96,12 +96,12 @@ def check_residual(op: str, name: str, t: Tensor, shape: Shape, kind: Kind) -> N
     dtype, device = kind
     if isinstance(t, Tensor) and t.shape == shape and t.dtype is dtype and t.device == device and t.layout is _DENSE:
         return
-    what = f"{_shape(shape)}, the convolution's output shape"
+    what = f"{shape_text(shape)}, the convolution's output shape"
     if not isinstance(t, Tensor):
         raise TypeError(f"{op}: {name} must be a tensor {what}; got {_described(t)}")
     _require_dense(op, name, t)
     _require_kind(op, name, t, kind)
-    raise ValueError(f"{op}: {name} must be {what}; got {_shape(t.shape)}")
+    raise ValueError(f"{op}: {name} must be {what}; got {shape_text(t.shape)}")
 
 
 def require_image(op: str, name: str, x: object, what: str) -> Kind:
@@ -111,13 +111,13 @@ def require_image(op: str, name: str, x: object, what: str) -> Kind:
     _require_dense(op, name, x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{op}: {name} has dtype {x.dtype}; accepted: float32, float64, float16, bfloat16")
-    _require_rank(op, name, x.shape, what)
+    require_rank(op, name, x.shape, what)
     return x.dtype, x.device
 
 
-def _require_rank(op: str, name: str, shape: Shape, what: str) -> None:
+def require_rank(op: str, name: str, shape: Shape, what: str) -> None:
     if len(shape) != 4:
-        raise ValueError(f"{op}: {name} must have 4 dimensions {what}; got {len(shape)}: {_shape(shape)}")
+        raise ValueError(f"{op}: {name} must have 4 dimensions {what}; got {len(shape)}: {shape_text(shape)}")
 
 
 def _require_dense(op: str, name: str, t: Tensor) -> None:
@@ -137,7 +137,7 @@ def _require_device(op: str, name: str, t: Tensor, device: torch.device) -> None
         raise ValueError(f"{op}: {name} is on {t.device} but input is on {device}; accepted: one device for all")
 
 
-def _shape(shape: Shape) -> str:
+def shape_text(shape: Shape) -> str:
     return f"[{','.join(map(str, shape))}]"
 
 
@@ -264,16 +264,16 @@ def depthwise_plan(
         TypeError: an activation that is no string.
         ValueError: what does not fit.
     """
-    _require_rank(op, "input", input, "[N,C,H,W]")
-    _require_rank(op, name, weight, "[K,1,R,S]")
+    require_rank(op, "input", input, "[N,C,H,W]")
+    require_rank(op, name, weight, "[K,1,R,S]")
     for argument, shape in (("input", input), (name, weight)):
         if 0 in shape[1:] or (argument != "input" and shape[0] == 0):
             which = "only the batch may be 0" if argument == "input" else "none may be 0"
-            raise ValueError(f"{op}: {argument} must have positive sizes, {which}; got {_shape(shape)}")
+            raise ValueError(f"{op}: {argument} must have positive sizes, {which}; got {shape_text(shape)}")
     n, c, h, w = input
     kernels, one, r, s = weight
     if one != 1:
-        raise ValueError(f"{op}: {name} must be [K,1,R,S], one input channel a kernel; got {_shape(weight)}")
+        raise ValueError(f"{op}: {name} must be [K,1,R,S], one input channel a kernel; got {shape_text(weight)}")
     if share != BANK:
         if kernels * share % c:
             raise ValueError(_channel_mismatch(op, name, kernels, share, c))
@@ -285,8 +285,8 @@ def depthwise_plan(
     if h + window.spare_h < 0 or w + window.spare_w < 0:
         raise ValueError(_window_too_large(op, (h, w), (r, s), window))
     shape = (n, c * multiplier, *window.output_size(h, w))
-    _require_countable(op, shape)
-    codes = (_code(op, "activation", activation), _code(op, "post_activation", post_activation))
+    require_countable(op, shape)
+    codes = (activation_code(op, "activation", activation), activation_code(op, "post_activation", post_activation))
     return DepthwisePlan([*window.ints, multiplier, int(G.orders_channels_last(input, strides)), *codes, bank], shape)
 
 
@@ -314,10 +314,10 @@ def separable_plan(
         TypeError: an activation that is no string.
         ValueError: what does not fit.
     """
-    _require_rank(op, "input", input, "[N,C,H,W]")
-    _require_rank(op, "pw_weight", pw_weight, "[K,C,1,1]")
+    require_rank(op, "input", input, "[N,C,H,W]")
+    require_rank(op, "pw_weight", pw_weight, "[K,C,1,1]")
     if passthrough is not None:
-        _require_rank(op, "passthrough", passthrough, "[N,C,P,Q]")
+        require_rank(op, "passthrough", passthrough, "[N,C,P,Q]")
     k, pw_channels, r, s = pw_weight
     through = passthrough[1] if passthrough is not None else 0
     # A bank serves any number of channels: how many there are, the pointwise weight tells.
@@ -341,9 +341,9 @@ def separable_plan(
     if passthrough is not None and (through == 0 or passthrough != (n, through, p, q)):
         name = "left" if op == "half_identity2d" else "passthrough"
         what = f"[N,C,P,Q] of the depthwise convolution's output size, [{n},C,{p},{q}] with C > 0"
-        raise ValueError(f"{op}: {name} must be {what}; got {_shape(passthrough)}")
+        raise ValueError(f"{op}: {name} must be {what}; got {shape_text(passthrough)}")
     if r != 1 or s != 1 or k == 0:
-        raise ValueError(f"{op}: pw_weight must be [K,C,1,1] with K > 0; got {_shape(pw_weight)}")
+        raise ValueError(f"{op}: pw_weight must be [K,C,1,1] with K > 0; got {shape_text(pw_weight)}")
     if pw_channels != through + d:
         parts = f"{d} channels" + (f", beside {through} of passthrough" if through else "")
         raise ValueError(
@@ -352,37 +352,38 @@ def separable_plan(
         )
     if keep > d:
         raise ValueError(f"{op}: keep must be from 0 to the depthwise convolution's {d} channels; got {keep}")
-    _require_countable(op, (n, keep + k, p, q))
+    require_countable(op, (n, keep + k, p, q))
     codes = (
-        _code(op, "dw_activation", dw_activation),
-        _code(op, "dw_post_activation", dw_post_activation),
-        _code(op, "activation", activation),
-        _code(op, "post_activation", post_activation),
+        activation_code(op, "dw_activation", dw_activation),
+        activation_code(op, "dw_post_activation", dw_post_activation),
+        activation_code(op, "activation", activation),
+        activation_code(op, "post_activation", post_activation),
     )
     return SeparablePlan([*dw_geometry[:10], *codes, keep, bank], dw_shape, (n, k, p, q))
 
 
-def _cached(plan: Callable[..., Any]) -> Callable[..., Any]:
+def cached(plan: Callable[..., Any]) -> Callable[..., Any]:
     """The plan, from a cache where the arguments have a hash (symbolic sizes have none; Dynamo warns of a cache)."""
-    cached = lru_cache(maxsize=4096)(plan)
+    remembered = lru_cache(maxsize=4096)(plan)
 
     @wraps(plan)
     def look_up(*arguments: Any) -> Any:
         if is_compiling():
             return plan(*arguments)
         try:
-            return cached(*arguments)
+            return remembered(*arguments)
         except TypeError:
             return plan(*arguments)
 
     return look_up
 
 
-plan_depthwise = _cached(depthwise_plan)
-plan_separable = _cached(separable_plan)
+plan_depthwise = cached(depthwise_plan)
+plan_separable = cached(separable_plan)
 
 
-def _code(op: str, name: str, activation: str) -> int:
+def activation_code(op: str, name: str, activation: str) -> int:
+    """The activation's code."""
     if not isinstance(activation, str):
         raise TypeError(
             f"{op}: {name} must be a string; got {_described(activation)}; accepted: {', '.join(ACTIVATIONS)}"
@@ -410,13 +411,15 @@ def _window_too_large(op: str, size: tuple[int, int], kernel: tuple[int, int], w
     )
 
 
-def _require_countable(op: str, shape: Shape) -> None:
+def require_countable(op: str, shape: Shape) -> None:
     """The output's strides and size fit into int64. Symbolic sizes are left alone: a guard on them would bind them."""
     if is_compiling():
         return
     n, k, p, q = shape
     if (n or 1) * k * p * q > _MAX_NUMEL:
-        raise ValueError(f"{op}: the output {_shape(shape)} would have more than 2**63 - 1 elements; accepted: fewer")
+        raise ValueError(
+            f"{op}: the output {shape_text(shape)} would have more than 2**63 - 1 elements; accepted: fewer"
+        )
 
 
 # ---- autocast -------------------------------------------------------------------------------------------------------

@@ -35,7 +35,7 @@ class Call(NamedTuple):
     """One call of an operator, as the backends judge it.
 
     Attributes:
-        op: the operator's room: "dwconv", "dwconv_stats" or "dsconv".
+        op: the operator: "dwconv", "dwconv_stats", "dsconv", or a later room's name (`_CHAINS`).
         name: the public function called, for messages.
         input: [N,C,H,W].
         weight: the depthwise weight [B,1,R,S].
@@ -80,7 +80,26 @@ class _Reference(Backend):
         return True
 
 
-class _Cpp(Backend):
+class _Kernels(Backend):
+    """A backend with kernels of its own."""
+
+    operators = frozenset({"dwconv", "dwconv_stats", "dsconv"})  # the ones it has kernels for
+    dtypes: tuple[torch.dtype, ...]
+
+    def _call_reasons(self, call: Call) -> list[str]:
+        """What holds of kernels on any device: operator, dtype, transforms."""
+        reasons = []
+        if call.op not in self.operators:
+            reasons.append(f"it has no kernels for {call.name}")
+        if call.input.dtype not in self.dtypes:
+            accepted = ", ".join(map(_word, self.dtypes))
+            reasons.append(f"dtype {_word(call.input.dtype)} is not supported ({accepted})")
+        if transformed():
+            reasons.append(_TRANSFORMED)
+        return reasons
+
+
+class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
@@ -88,18 +107,20 @@ class _Cpp(Backend):
 
     def why_not(self, call: Call) -> Sequence[str]:
         x = call.input
-        if _library.kernels_loaded and x.is_cpu and x.dtype in self.dtypes and not transformed():
+        if (
+            _library.kernels_loaded
+            and x.is_cpu
+            and x.dtype in self.dtypes
+            and call.op in self.operators
+            and not transformed()
+        ):
             return ()
         reasons = []
         if not _library.kernels_loaded:
             reasons.append(str(_library.why_not_loaded))
         if not x.is_cpu:
             reasons.append(f"device {x.device} is not the CPU")
-        if x.dtype not in self.dtypes:
-            reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
-        if transformed():
-            reasons.append(_TRANSFORMED)
-        return reasons
+        return reasons + self._call_reasons(call)
 
     def worth_it(self, call: Call) -> bool:
         return True
@@ -115,7 +136,7 @@ def _why_no_triton() -> str | None:
     return None
 
 
-class _OnGpus(Backend):
+class _OnGpus(_Kernels):
     """What the two kinds of GPU kernels have in common; both can also run on the CPU, slowly, for tests."""
 
     device = "cuda"
@@ -133,11 +154,7 @@ class _OnGpus(Backend):
             reasons += self._device_reasons(x.device)
         elif not (self.on_cpu and x.is_cpu):
             reasons.append(f"device {x.device} is not a CUDA GPU{self._hint() if x.is_cpu else ''}")
-        if x.dtype not in self.dtypes:
-            reasons.append(f"dtype {_word(x.dtype)} is not supported ({', '.join(map(_word, self.dtypes))})")
-        if transformed():
-            reasons.append(_TRANSFORMED)
-        return reasons
+        return reasons + self._call_reasons(call)
 
     def _hint(self) -> str:
         return ""
@@ -324,12 +341,16 @@ class Explanation:
     __repr__ = __str__
 
 
+# What an operator computes, in `explain`'s column "kernel".
+_CHAINS = {"dwconv": "{window}", "dwconv_stats": "{window}", "dsconv": "{window} + 1x1"}
+
+
 def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
     g, (_, _, r, s) = call.geometry, call.weight.shape
-    kernel = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
+    window = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
+    kernel = _CHAINS[call.op].format(window=window)
     n, channels, p, q = call.shape
     if call.op == "dsconv":
-        kernel += " + 1x1"
         channels += g[14]
     output = f"2 x [{channels}]" if call.op == "dwconv_stats" else f"[{n},{channels},{p},{q}]"
     why_not = {}

@@ -112,6 +112,14 @@ def test_cpp_names_every_reason(dtype: torch.dtype, no_kernels: str) -> None:
     assert taken(EF.depthwise_conv2d, x, w) == ["reference"]
 
 
+@pytest.mark.parametrize("name", ["triton", "cuda", "cpp"])
+def test_operator_without_kernels_is_a_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A room whose kernels a backend lacks: refused by name, passed over by auto."""
+    monkeypatch.setattr(backend_named(name), "operators", frozenset())
+    assert f"it has no kernels for {call().name}" in backend_named(name).why_not(call())
+    assert backends.choose(call(), "auto") != name
+
+
 def test_reasons_are_empty_exactly_where_cpp_runs(cpp: str) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float64, torch.float16):
         for device in ("cpu", "meta"):

@@ -1,5 +1,5 @@
 // What the operators' bindings share, on any device: checked views of torch's tensors, allocation in the asked-for memory
-// format, geometry. Every check of functional.py that memory safety depends on is repeated here, because
+// format, geometry. Every check of effops.functional that memory safety depends on is repeated here, because
 // torch.ops.effops.* can be called directly.
 #pragma once
 

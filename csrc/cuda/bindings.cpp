@@ -1,4 +1,5 @@
-// The operators for the CUDA key. Without a kernel of its own the batch norm of dsconv_norm_* is torch's (functional.py).
+// The operators for the CUDA key. The batch norm of dsconv_norm_*, without a kernel here, is torch's
+// (effops/functional/dsconv.py).
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 

@@ -29,7 +29,7 @@ KERNELS = {
     "cuda": cuda_kernels("dsconv_fwd", "dsconv_bwd"),
     "cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default),
 }
-# One without an entry here gets the norm as an operator of torch behind its convolution (functional.py).
+# One without an entry here gets the norm as an operator of torch behind its convolution (functional/dsconv.py).
 NORM_KERNELS = {"cpp": Kernels(_ops.dsconv_norm_fwd.default, _ops.dsconv_norm_bwd.default)}
 
 # Positions among the 12 tensors of the operator.
