@@ -107,6 +107,7 @@ struct BatchNormRef {
 struct DsconvForwardArgs {
   DepthwiseGeometry g;
   index_t passthrough_channels, K, keep;
+  bool tf32;  // float32 products may be rounded to TF32; only CUDA kernels do
   TensorRef input, passthrough, output;
   const void* dw_weight;
   EpilogueRef dw_epilogue;

@@ -359,7 +359,7 @@ def separable_plan(
         activation_code(op, "activation", activation),
         activation_code(op, "post_activation", post_activation),
     )
-    return SeparablePlan([*dw_geometry[:10], *codes, keep, bank], dw_shape, (n, k, p, q))
+    return SeparablePlan([*dw_geometry[:10], *codes, keep, 0, bank], dw_shape, (n, k, p, q))
 
 
 def cached(plan: Callable[..., Any]) -> Callable[..., Any]:

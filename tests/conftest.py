@@ -137,7 +137,12 @@ def cuda() -> str:
 
 @pytest.fixture(autouse=True)
 def _clean_state() -> Iterator[None]:
-    """Seeds torch, NaN-fills uninitialised memory (an element nobody wrote then fails its test), restores threads."""
+    """Seeds torch, NaN-fills uninitialised memory (an element nobody wrote then fails its test), restores threads.
+
+    float32 is float32: torch's convolutions take TF32 unless told otherwise.
+    """
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"
+    torch.backends.cudnn.allow_tf32 = False  # after conv.fp32_precision = "ieee" torch.export would raise
     threads = torch.get_num_threads()
     deterministic = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
@@ -150,3 +155,4 @@ def _clean_state() -> Iterator[None]:
     torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
     torch.utils.deterministic.fill_uninitialized_memory = fill
     torch.set_num_threads(threads)
+    torch.backends.cudnn.allow_tf32 = tf32

@@ -520,7 +520,7 @@ def geometry_of(case: DwCase | DsCase, x: Tensor) -> list[int]:
     geometry = [*case.stride, top, bottom, left, right, *case.dilation, case.multiplier, channels_last]
     geometry += [code(epi.activation), code(epi.post_activation)]
     if isinstance(case, DsCase):
-        geometry += [code(case.pw.activation), code(case.pw.post_activation), case.keep]
+        geometry += [code(case.pw.activation), code(case.pw.post_activation), case.keep, 0]
     return [*geometry, 0]
 
 

@@ -217,6 +217,7 @@ BAD_DS_GEOMETRY = {
             (12, "pw_activation", (-1, 9, 2**32)),
             (13, "pw_post_activation", (-1, 9)),
             (14, "keep", (-1, 7, BIG, -BIG)),
+            (15, "tf32", (-1, BIG)),
         )
         for value in values
     },
@@ -478,7 +479,7 @@ def test_zero_sizes(size: tuple[int, ...]) -> None:
     with pytest.raises(RuntimeError):
         ops.dwconv_fwd(x, weight, None, None, None, None, geometry, 0.0)
     with pytest.raises(RuntimeError):
-        ops.dsconv_fwd(x, None, weight, *[None] * 4, pw_weight, *[None] * 4, [*geometry, 0, 0, 0], [0.0, 0.0])
+        ops.dsconv_fwd(x, None, weight, *[None] * 4, pw_weight, *[None] * 4, [*geometry, 0, 0, 0, 0], [0.0, 0.0])
 
 
 @pytest.mark.parametrize("name", ("weight", "bias", "residual"))
@@ -513,7 +514,7 @@ def test_random_garbage_never_crashes() -> None:
     gen = generator("garbage")
     # Nothing between 10 and 2^40: that would be right, and gigabytes large.
     values = torch.tensor([-(2**63), -1, 0, 2, 3, 9, 2**40, 2**62, 2**63 - 1])
-    sound = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0]
+    sound = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]
     right = refused = 0
 
     def sizes(often: tuple[int, ...]) -> list[int]:
@@ -524,7 +525,7 @@ def test_random_garbage_never_crashes() -> None:
         x = torch.randn(sizes((2, 3, 4, 5)))
         weight = torch.randn(sizes((3, 1, 3, 3)))
         pw_weight = torch.randn(sizes((2, 3, 1, 1)))
-        odd = values[torch.randint(0, len(values), (16,), generator=gen)].tolist()
+        odd = values[torch.randint(0, len(values), (len(sound),), generator=gen)].tolist()
         geometry = [o if torch.rand((), generator=gen) < 0.06 else s for s, o in zip(sound, odd, strict=True)]
         none = [None] * 4
         statistic = torch.rand(sizes((3,)))

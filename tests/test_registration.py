@@ -63,7 +63,7 @@ def ds_arguments(memory_format: torch.memory_format, dtype: torch.dtype) -> tupl
     through = rand(2, 3, 7, 6, dtype=dtype, memory_format=memory_format)
     dw = [rand(6, 1, 3, 3, dtype=dtype), *[rand(6, dtype=dtype) for _ in range(3)], rand(2, 6, 7, 6, dtype=dtype)]
     pw = [rand(5, 9, 1, 1, dtype=dtype), *[rand(5, dtype=dtype) for _ in range(3)], rand(2, 5, 7, 6, dtype=dtype)]
-    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, int(memory_format == torch.channels_last), 1, 4, 4, 0, 2, 0]
+    geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, int(memory_format == torch.channels_last), 1, 4, 4, 0, 2, 0, 0]
     return (x, through, *dw, *pw, geometry, [0.1, 0.2])
 
 
@@ -478,7 +478,7 @@ def test_functions_give_what_the_functional_layer_gives(cpp: str) -> None:
     found = effops.autograd.DepthwiseConv2dFunction.apply(x, w, b, None, None, None, g, 0.0)
     assert torch.equal(found, EF.depthwise_conv2d(x, w, b, padding=1, activation="relu", backend=cpp))
     tensors = (x, None, w, b, None, None, None, pw, None, None, None, x)
-    found = effops.autograd.DSConv2dFunction.apply(*tensors, [*g[:12], 0, 4, 0, 0], [0.0, 0.0], cpp)
+    found = effops.autograd.DSConv2dFunction.apply(*tensors, [*g[:12], 0, 4, 0, 0, 0], [0.0, 0.0], cpp)
     expected = EF.ds_conv2d(
         x, w, pw, b, padding=1, dw_activation="relu", residual=x, post_activation="silu", backend=cpp
     )

@@ -7,7 +7,7 @@ namespace effops {
 
 template <class Kernels>
 struct DsconvBindings {
-  static constexpr std::size_t kGeometry = 16;
+  static constexpr std::size_t kGeometry = 17;
 
   // Checked forward arguments; `kernel` must outlive them.
   static DsconvForwardArgs forward_args(const StaticArgs& statics, const Tensor& kernel, const Tensor& input,
@@ -37,6 +37,7 @@ struct DsconvBindings {
     args.keep = geometry[14];
     STD_TORCH_CHECK(args.keep <= dw_channels, "effops::dsconv: keep = ", args.keep, " is more than the ", dw_channels,
                     " depthwise channels");
+    args.tf32 = geometry[15] != 0;
     args.dw_weight = kernel.const_data_ptr();
     args.dw_epilogue = epilogue_ref(dw_bias, dw_scale, dw_shift, dw_residual, input, dw_channels, g);
     args.dw_epilogue.activation = statics.activation;

@@ -1126,8 +1126,8 @@ decltype(auto) with_types(DType dtype, bool tf32, const F& f) {
 
 }  // namespace
 
-void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, bool tf32, const Device& device, Stream stream) {
-  with_types(dtype, tf32, [&](auto element, auto products) {
+void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream) {
+  with_types(dtype, args.tf32, [&](auto element, auto products) {
     forward<decltype(element), decltype(products)::value>(args, device, stream);
   });
 }
@@ -1137,9 +1137,8 @@ std::size_t dsconv_bwd_scratch(DType dtype, const DsconvBackwardArgs& args, cons
                     [&](auto element, auto) { return Backward<decltype(element)>(args, device).scratch_bytes(); });
 }
 
-void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, bool tf32, const Device& device, void* scratch,
-                Stream stream) {
-  with_types(dtype, tf32, [&](auto element, auto products) {
+void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream) {
+  with_types(dtype, args.forward.tf32, [&](auto element, auto products) {
     Backward<decltype(element)>(args, device).template run<decltype(products)::value>(scratch, stream);
   });
 }

@@ -30,9 +30,7 @@ void dwconv_stats(DType dtype, const DwconvStatsArgs& args, const Device& device
 void dwconv_stats_bwd(DType dtype, const DwconvStatsBackwardArgs& args, const Device& device, void* scratch,
                       Stream stream);
 
-// `tf32`: whether float32 products may be rounded to TF32.
-void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, bool tf32, const Device& device, Stream stream);
-void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, bool tf32, const Device& device, void* scratch,
-                Stream stream);
+void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream);
+void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
 
 }  // namespace effops::cuda

@@ -36,12 +36,12 @@ struct KernelsOn {
   }
   static void dsconv_fwd(const Tensor& input, const DsconvForwardArgs& args) {
     const Context on(input);
-    cuda::dsconv_fwd(dtype(input), args, /*tf32=*/false, on.device(), on.stream());
+    cuda::dsconv_fwd(dtype(input), args, on.device(), on.stream());
   }
   static void dsconv_bwd(const Tensor& input, const DsconvBackwardArgs& args) {
     const Context on(input);
     Tensor scratch = new_bytes(input, cuda::dsconv_bwd_scratch(dtype(input), args, on.device()));
-    cuda::dsconv_bwd(dtype(input), args, /*tf32=*/false, on.device(), scratch.mutable_data_ptr(), on.stream());
+    cuda::dsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
   }
 };
 

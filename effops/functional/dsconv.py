@@ -14,7 +14,7 @@ from effops.ops import dsconv as _dsconv
 from effops.ops.dsconv.reference import dsconv as _dsconv_reference
 from effops.ops.dsconv.reference import normalise as _normalise
 from effops.ops.epilogue import NONE, BatchNorm, Epilogue
-from effops.ops.geometry import CHANNELS_LAST, KEEP, PW_POST_ACTIVATION, in_format
+from effops.ops.geometry import CHANNELS_LAST, KEEP, PW_POST_ACTIVATION, in_format, with_tf32
 
 
 def _separable(
@@ -76,6 +76,8 @@ def _separable(
             geometry,
             batch_norm,
         )
+    if taken == "cuda" and input.dtype == torch.float32:
+        geometry = with_tf32(geometry)
     if batch_norm is not None:
         tensors = (
             input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,

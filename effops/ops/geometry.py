@@ -13,7 +13,7 @@ MAX_INT = 2**31 - 1
 # Positions in the int[] that every operator receives (schemas.inc).
 STRIDE_H, STRIDE_W, PAD_TOP, PAD_BOTTOM, PAD_LEFT, PAD_RIGHT, DILATION_H, DILATION_W = range(8)
 MULTIPLIER, CHANNELS_LAST, ACTIVATION, POST_ACTIVATION = range(8, 12)
-PW_ACTIVATION, PW_POST_ACTIVATION, KEEP = range(12, 15)
+PW_ACTIVATION, PW_POST_ACTIVATION, KEEP, TF32 = range(12, 16)
 BANK = -1  # the last of either room: 0, or 1 + the place in banks.BANKS of the named bank that the weight holds
 
 
@@ -121,6 +121,20 @@ def window(
         top + bottom - dilation_pair[0] * (kernel_h - 1) - 1,
         left + right - dilation_pair[1] * (kernel_w - 1) - 1,
     )
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets its convolutions round float32 products to TF32; in a traced graph: did at its tracing."""
+    return torch.backends.cudnn.conv.fp32_precision == "tf32"
+
+
+# Dynamo does not trace that setting. What torch.compiler.assume_constant_result does, without importing Dynamo.
+tf32_allowed._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def with_tf32(geometry: list[int]) -> list[int]:
+    """The operator's int[] with torch's present setting in it."""
+    return [*geometry[:TF32], int(tf32_allowed()), *geometry[TF32 + 1 :]]
 
 
 def output_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry: list[int]) -> tuple[int, int]:

@@ -101,7 +101,7 @@ def needs_wide(maps: Iterable[Tensor | None], sizes: Sizes, window: Window) -> b
 
 def dot_precision(x: Tensor) -> str:
     """How `tl.dot` may round float32: TF32 where torch lets its own convolutions, else not at all."""
-    tf32 = x.dtype == torch.float32 and torch.backends.cudnn.conv.fp32_precision == "tf32"
+    tf32 = x.dtype == torch.float32 and G.tf32_allowed()
     return "tf32" if tf32 else "ieee"
 
 

@@ -252,11 +252,12 @@ struct Problem {
   }
 
   // The pointwise half: K channels from the depthwise ones and `passthrough` others.
-  DsconvForwardArgs separable(Memory& m, index_t K, index_t passthrough) const {
+  DsconvForwardArgs separable(Memory& m, index_t K, index_t passthrough, bool tf32) const {
     DsconvForwardArgs args{};
     args.g = g;
     args.passthrough_channels = passthrough;
     args.K = K;
+    args.tf32 = tf32;
     args.input = read_map(m, g.C, g.H);
     if (passthrough) args.passthrough = read_map(m, passthrough, g.P);
     args.dw_weight = weight(m);
@@ -269,13 +270,13 @@ struct Problem {
   }
 
   void separable_forward(Memory& m, const Device& device, index_t K, index_t passthrough, bool tf32) const {
-    DsconvForwardArgs args = separable(m, K, passthrough);
+    DsconvForwardArgs args = separable(m, K, passthrough, tf32);
     args.output = written_map(m, K, g.P);
-    cuda::dsconv_fwd(dtype(), args, tf32, device, nullptr);
+    cuda::dsconv_fwd(dtype(), args, device, nullptr);
   }
 
   void separable_backward(Memory& m, const Device& device, index_t K, index_t passthrough, bool tf32) const {
-    DsconvBackwardArgs args{separable(m, K, passthrough), read_map(m, K, g.P), written_map(m, g.C, g.H), {}};
+    DsconvBackwardArgs args{separable(m, K, passthrough, tf32), read_map(m, K, g.P), written_map(m, g.C, g.H), {}};
     args.forward.output = saved_output(m, K);
     if (passthrough) args.grad_passthrough = written_map(m, passthrough, g.P);
     args.grad_dw_weight = m.output(g.bank * g.R * g.S, dtype());
@@ -283,7 +284,7 @@ struct Problem {
     args.dw_grads = gradients(m, D());
     args.pw_grads = gradients(m, K);
     void* scratch = m.scratch(cuda::dsconv_bwd_scratch(dtype(), args, device));
-    cuda::dsconv_bwd(dtype(), args, tf32, device, scratch, nullptr);
+    cuda::dsconv_bwd(dtype(), args, device, scratch, nullptr);
   }
 };
 

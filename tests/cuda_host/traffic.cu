@@ -139,7 +139,7 @@ std::string forward(const Case& c, index_t K) {
       DsconvForwardArgs args{};
       args.g = g, args.K = K, args.input = x.ref(), args.output = y.ref(), args.dw_weight = weight.data();
       args.pw_weight = matrix.data(), args.pw_stride_k = D, args.pw_stride_c = 1;
-      cuda::dsconv_fwd(DType::f32, args, false, kDevice, nullptr);
+      cuda::dsconv_fwd(DType::f32, args, kDevice, nullptr);
     } else {
       cuda::dwconv_fwd(DType::f32, {g, x.ref(), y.ref(), weight.data(), {}}, kDevice, nullptr);
     }

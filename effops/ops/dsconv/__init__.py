@@ -116,7 +116,7 @@ class DSConv2dFunction(KernelFunction):
         pw_weight: [K,Cp+D,1,1].
         bias, scale, shift: [K] or None.
         residual: [N,K,P,Q] or None.
-        geometry: the 16 ints of `effops/schemas.inc`.
+        geometry: the 17 ints of `effops/schemas.inc`.
         slopes: [depthwise slope, pointwise slope].
         backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
