@@ -145,10 +145,12 @@ def _described(value: object) -> str:
     return f"{value!r} ({type(value).__name__})" if isinstance(value, (int, float, str)) else type(value).__name__
 
 
-def as_weight(op: str, name: str, weight: Tensor | str, kind: Kind, share: int) -> tuple[Tensor, int, int]:
+def as_weight(
+    op: str, name: str, weight: Tensor | str | banks.NamedBank, kind: Kind, share: int
+) -> tuple[Tensor, int, int]:
     """The depthwise weight as [B,1,R,S] of the input's dtype and device; `share`, BANK for a bank; a named bank's code.
 
-    A 3-D tensor [B,R,S] or a name is a bank.
+    A 3-D tensor [B,R,S], a name or a `NamedBank` is a bank.
     """
     dtype, device = kind
     if (
@@ -165,6 +167,9 @@ def as_weight(op: str, name: str, weight: Tensor | str, kind: Kind, share: int) 
             return banks.bank(weight, dtype=dtype, device=device), BANK, code
         except ValueError as error:
             raise ValueError(f"{op}: {error}") from None
+    if isinstance(weight, banks.NamedBank):
+        check_like(op, name, weight.values, kind, "[K,1,R,S]")
+        return weight.values, BANK, weight.code
     if not isinstance(weight, Tensor):
         what = "a tensor [K,1,R,S], a bank [B,R,S] or a bank's name"
         raise TypeError(f"{op}: {name} must be {what}; got {_described(weight)}")
@@ -434,8 +439,10 @@ def autocast_dtype(op: str, input: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(device)
 
 
-def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+def cast(t: Tensor | banks.NamedBank | None, dtype: torch.dtype) -> Tensor | banks.NamedBank | None:
     """Casts as autocast does for F.conv2d: floating tensors other than float64."""
+    if isinstance(t, banks.NamedBank):
+        return t._replace(values=cast(t.values, dtype))
     if not isinstance(t, Tensor) or t.dtype is dtype or t.dtype not in FLOATS or t.dtype is torch.float64:
         return t
     return t.to(dtype)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from helpers import assert_within_budget
 from torch import Tensor, nn
 
-from effops import modules, stock
+from effops import backends, modules, stock
+from effops.ops import geometry as G
 
 BN = nn.BatchNorm2d
 Inputs = tuple[Tensor, ...]
@@ -96,3 +98,25 @@ def compare(
 def image(*shape: int, seed: int = 1, channels_last: bool = False) -> Tensor:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     return x.contiguous(memory_format=torch.channels_last) if channels_last else x
+
+
+@contextmanager
+def bank_codes() -> Iterator[list[int]]:
+    """The code of a named bank, 0 for none, of each call inside that chooses a backend by itself."""
+    seen: list[int] = []
+
+    class Spy(backends.Backend):
+        name = "spy"
+
+        def why_not(self, call: backends.Call) -> list[str]:
+            return ["only looks"]
+
+        def worth_it(self, call: backends.Call) -> bool:
+            seen.append(call.geometry[G.BANK])
+            return True
+
+    backends.BACKENDS.insert(0, Spy())
+    try:
+        yield seen
+    finally:
+        del backends.BACKENDS[0]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from module_helpers import bank_codes
 
 import effops.functional as EF
-from effops import backends
-from effops.ops import geometry as G
 from effops.ops.dwconv import banks
 
 HALF, THIRD, SIXTH, TWELFTH = 1 / 2, 1 / 3, 1 / 6, 1 / 12
@@ -68,26 +67,29 @@ def test_output_channel_o_uses_kernel_o_mod_k(multiplier: int, backend: str) -> 
 def test_operators_receive_the_code_of_a_named_bank_only() -> None:
     """A backend may compile a named bank's values in: the code must never stand beside other values."""
     x = torch.zeros(1, 8, 5, 5)
-    seen = []
-
-    class Spy(backends.Backend):
-        name = "spy"
-
-        def why_not(self, call: backends.Call) -> list[str]:
-            return ["only looks"]
-
-        def worth_it(self, call: backends.Call) -> bool:
-            seen.append(call.geometry[G.BANK])
-            return True
-
-    backends.BACKENDS.insert(0, Spy())
-    try:
+    with bank_codes() as seen:
         for name in banks.BANKS:
             EF.fixed_filter_conv2d(x, name)
             EF.ds_conv2d(x, name, torch.zeros(3, 8, 1, 1), padding=1)
             EF.depthwise_stats2d(x, name)
         EF.fixed_filter_conv2d(x, banks.bank("vgnet8"))
         EF.depthwise_conv2d(x, torch.zeros(8, 1, 3, 3))
-    finally:
-        del backends.BACKENDS[0]
     assert seen == [code for code in range(1, len(banks.BANKS) + 1) for _ in range(3)] + [0, 0]
+
+
+HALVES = (torch.float16, torch.bfloat16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES])
+@pytest.mark.parametrize("name", banks.BANKS)
+def test_a_bank_is_recognised_in_every_dtype_and_after_casts(name: str, dtype: torch.dtype) -> None:
+    """Kernels have the values rounded once; a module's may have been rounded to float32 before."""
+    bank = banks.bank(name, dtype=dtype)
+    assert banks.code_of(bank) == banks.CODES[name]
+    assert torch.equal(banks.bank(name, dtype=torch.float32).to(dtype), bank) or dtype == torch.float64
+    assert banks.code_of(bank[:, :, :, :-1]) == 0
+    changed = bank.clone()
+    changed[-1, 0, 1, 1] = torch.nextafter(changed[-1, 0, 1, 1], torch.zeros((), dtype=dtype))
+    assert banks.code_of(changed) == 0
+    if dtype in HALVES:
+        assert banks.code_of(bank.float()) == (banks.CODES[name] if name.startswith("binomial") else 0)

@@ -11,6 +11,7 @@ from effops import backends
 from effops._checks import BANK, Ints, Padding
 from effops.functional._gradients import distinct, needs_grad
 from effops.ops import dwconv as _dwconv
+from effops.ops.dwconv.banks import NamedBank
 from effops.ops.dwconv.reference import dwconv as _dwconv_reference
 from effops.ops.dwconv.reference import dwconv_stats as _dwconv_stats_reference
 from effops.ops.epilogue import Epilogue
@@ -157,7 +158,7 @@ def shared_depthwise_conv2d(
 
 def fixed_filter_conv2d(
     input: Tensor,
-    bank: str | Tensor,
+    bank: str | Tensor | NamedBank,
     stride: Ints = 1,
     padding: Padding = 1,
     dilation: Ints = 1,
@@ -178,7 +179,8 @@ def fixed_filter_conv2d(
         input: [N,C,H,W].
         bank: a name of `effops.ops.dwconv.banks.BANKS` ("vgnet8", "vgnet4", "vgnet_blur", "vgnet_blur_alternate",
             "binomial3", "binomial5"), or the kernels [K,R,S] or [K,1,R,S], of the input's dtype. A name builds its
-            tensor on every call: pass a tensor where calls are short.
+            tensor on every call: where calls are short pass a tensor, or a `NamedBank` of the same module, which tells
+            the name of the bank that a tensor holds.
         stride, padding, dilation, backend: as `depthwise_conv2d`.
         multiplier: output channels an input channel; with multiplier = K every channel goes through every kernel.
         bias: [C * multiplier], or None.

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, NamedTuple, Self
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.compiler import is_compiling
 
 import effops.functional as EF
+from effops._checks import FLOATS
 from effops.modules._arguments import IntOrPair, Padding, check_int, check_padding, check_padding_mode, check_pair
 from effops.ops.dwconv import banks
 from effops.ops.geometry import is_channels_last
@@ -91,9 +96,9 @@ def pad_for(conv: nn.Module, input: Tensor) -> tuple[Tensor, str | tuple[int, ..
     return padded, (0, 0)
 
 
-def kernels_of(conv: nn.Module) -> Tensor:
-    """The depthwise weight as the functional layer takes it: [K, 1, kh, kw] learned, [K, kh, kw] a repeated bank."""
-    return conv.weight.squeeze(1) if isinstance(conv, BankConv2d) else conv.weight
+def kernels_of(conv: nn.Module) -> Tensor | banks.NamedBank:
+    """The depthwise weight as the functional layer takes it: [K, 1, kh, kw] learned, or a repeated bank."""
+    return conv.bank_kernels() if isinstance(conv, BankConv2d) else conv.weight
 
 
 class BankConv2d(nn.Module):
@@ -120,6 +125,10 @@ class BankConv2d(nn.Module):
         if self.padding_mode != "zeros" and isinstance(self.padding, str):
             raise ValueError(f"{where}: padding={self.padding!r} needs padding_mode='zeros', got {padding_mode!r}")
         self.backend = backend
+
+    def bank_kernels(self) -> Tensor | banks.NamedBank:
+        """The bank as the functional layer takes it."""
+        return self.weight.squeeze(1)
 
     @property
     def _reversed_padding_repeated_twice(self) -> tuple[int, ...]:
@@ -215,11 +224,23 @@ def _bank_constants(where: str, bank: str | Tensor) -> Tensor:
     return bank
 
 
+class _Recognised(NamedTuple):
+    """A module's bank at a moment when its tensor was compared with the named banks."""
+
+    bank: banks.NamedBank
+    version: int  # of the tensor, which counts its changes
+
+
 class FixedFilterConv2d(BankConv2d):
     """y[n, c] = conv(x[n, c], bank[c mod K]): a depthwise convolution with constant kernels.
 
     The bank is a buffer named `weight`, [K, 1, kh, kw]: it moves with the module and is in its state dict, but has no
     gradient. The named banks are VGNet's (arXiv 2207.10318, appendix D), a blur and BlurPool's.
+
+    While the buffer holds a named bank, kernels that have its taps as constants run in eager mode. That is looked up
+    when the module is made, moved, cast, copied or loaded; whatever else changes `weight` makes the kernels read it.
+    Exceptions, which nobody counts: writing through `weight.data` or a NumPy view of it, and replaying a CUDA graph
+    captured before the change. Compiled and exported graphs always read the buffer, which is an input of theirs.
 
     Args:
         channels: C.
@@ -255,6 +276,41 @@ class FixedFilterConv2d(BankConv2d):
         self.bank = bank if isinstance(bank, str) else f"{constants.shape[0]} given"
         dtype = torch.get_default_dtype() if dtype is None else dtype
         self.register_buffer("weight", constants.detach().unsqueeze(1).to(device=device, dtype=dtype, copy=True))
+        self._recognise()
+
+    def _recognise(self) -> None:
+        """Notes whether the buffer holds a named bank; on a GPU this waits for the device, so no forward does it."""
+        weight = self.weight
+        comparable = type(weight) is Tensor and weight.dtype in FLOATS and not weight.is_meta
+        code = 0
+        if comparable and not weight.is_inference():  # inference tensors do not count their changes
+            code = banks.code_of(weight)
+        self._recognised = _Recognised(banks.NamedBank(weight, code), weight._version) if code else None
+
+    def bank_kernels(self) -> Tensor | banks.NamedBank:
+        """The bank, with its name where the buffer still is the tensor that was recognised, unchanged since."""
+        if is_compiling():
+            return super().bank_kernels()
+        known, weight = self._recognised, self.weight
+        if known is None or known.bank.values is not weight or known.version != weight._version:
+            return super().bank_kernels()
+        return known.bank
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self._recognise()
+        return self
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
+        self._recognise()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_recognised"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._recognise()
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, C, P, Q]."""

@@ -7,6 +7,7 @@ top to bottom, the operation is cross-correlation (as in `F.conv2d`) with zero p
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -75,6 +76,18 @@ BANKS: dict[str, tuple[Kernel, ...]] = {
 CODES = {name: code for code, name in enumerate(BANKS, 1)}  # as the operators receive them; 0: no named bank
 
 
+class NamedBank(NamedTuple):
+    """A caller's tensor that holds a named bank: an operator may take the bank's constants instead of reading it.
+
+    Attributes:
+        values: [K,1,R,S]. Casting them is casting the bank: a test sees that rounding twice is rounding once.
+        code: of `CODES`. Whoever makes this vouches for it; nothing compares the values again.
+    """
+
+    values: Tensor
+    code: int
+
+
 def bank(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """The bank of that name as a tensor [K,1,R,S].
 
@@ -84,3 +97,15 @@ def bank(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device 
     if name not in BANKS:
         raise ValueError(f"unknown bank {name!r}; accepted: {', '.join(map(repr, BANKS))}, or a tensor [K,R,S]")
     return torch.tensor(BANKS[name], dtype=dtype, device=device).unsqueeze(1)
+
+
+def code_of(weight: Tensor) -> int:
+    """Code of the named bank whose values, rounded to its dtype, `weight` [K,1,R,S] holds; 0: of none.
+
+    Reads the tensor: on a GPU it waits for the device.
+    """
+    held = weight.detach().cpu()
+    for name, code in CODES.items():
+        if torch.equal(held, bank(name, dtype=weight.dtype, device="cpu")):
+            return code
+    return 0
