@@ -90,6 +90,8 @@ DW_CASES = [
     DwCase(id="k5s1-c40", c=40, h=9, w=9, kernel=(5, 5), padding=(2, 2, 2, 2), layout="channels_last"),
     DwCase(id="k5s2-c12", c=12, h=11, w=10, kernel=(5, 5), padding=(2, 2, 2, 2), stride=(2, 2)),
     DwCase(id="k7s1-c6", c=6, h=9, w=10, kernel=(7, 7), padding=(3, 3, 3, 3), epi=Epi(bias=True, activation="gelu")),
+    DwCase(id="k9s2-c8-cl", c=8, h=12, kernel=(9, 9), padding=(4, 4, 4, 4), stride=(2, 2), layout="channels_last"),
+    DwCase(id="k1x31-c5", c=5, h=3, w=20, kernel=(1, 31), padding=(15, 15, 0, 0)),
     DwCase(id="k2s2-c8-even_kernel", c=8, h=8, w=9, kernel=(2, 2), padding=(0, 1, 0, 0), stride=(2, 2)),
     DwCase(id="k4x2-c8-even_kernel-cl", c=8, kernel=(4, 2), padding=(1, 0, 2, 1), layout="channels_last"),
     DwCase(id="k1s1-c9-scaling", c=9, kernel=(1, 1), padding=(0, 0, 0, 0)),

@@ -27,7 +27,18 @@ WINDOWS = {
     "3x3-s2": {"c": 20, "h": 11, "w": 13, "stride": (2, 2)},
     "3x3-multiplier2": {"c": 9, "h": 7, "w": 8, "multiplier": 2},
     "1x5-dilated": {"c": 12, "h": 9, "w": 17, "kernel": (1, 5), "padding": (4, 4, 0, 0), "dilation": (1, 2)},
-    "7x7": {"c": 8, "h": 9, "w": 10, "kernel": (7, 7), "padding": (3, 3, 3, 3)},  # a loop over the taps
+    "5x5": {"c": 8, "h": 9, "w": 10, "kernel": (5, 5), "padding": (2, 2, 2, 2)},
+    "7x7": {"c": 8, "h": 9, "w": 10, "kernel": (7, 7), "padding": (3, 3, 3, 3)},  # a loop over the taps, or groups
+}
+# Those that the weight's gradient cuts into groups of taps: with a last one that reaches beyond the window, cut along
+# both axes, strided, dilated.
+WEIGHT_WINDOWS = WINDOWS | {
+    "7x7-s2": {"c": 8, "h": 13, "w": 12, "kernel": (7, 7), "padding": (3, 3, 3, 3), "stride": (2, 2)},
+    "7x7-s4": {"c": 8, "h": 17, "w": 19, "kernel": (7, 7), "padding": (2, 2, 2, 2), "stride": (4, 4)},
+    "7x7-dilated": {"c": 4, "h": 14, "w": 15, "kernel": (7, 7), "padding": (6, 6, 6, 6), "dilation": (2, 2)},
+    "5x9": {"c": 4, "h": 8, "w": 11, "kernel": (5, 9), "padding": (4, 4, 2, 2)},
+    "1x31": {"c": 4, "h": 3, "w": 36, "kernel": (1, 31), "padding": (15, 15, 0, 0)},
+    "31x1": {"c": 4, "h": 36, "w": 3, "kernel": (31, 1), "padding": (0, 0, 15, 15)},
 }
 
 Index = tuple[int, ...]
@@ -106,11 +117,11 @@ def test_input_gradient(window: str, layout: str) -> None:
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [name for name in WINDOWS if name != "7x7"])  # its loop reads the maps per 8 taps
+@pytest.mark.parametrize("window", WEIGHT_WINDOWS)
 def test_weight_gradient(window: str, layout: str) -> None:
     from effops.ops.dwconv.triton import dwconv_fwd, weight_gradient
 
-    case = DwCase(id="traffic", layout=layout, **WINDOWS[window])
+    case = DwCase(id="traffic", layout=layout, **WEIGHT_WINDOWS[window])
     tensors = make_tensors(case, torch.float32)
     x, geometry = tensors["input"], geometry_of(case, tensors["input"])
     grad = torch.randn_like(dwconv_fwd(*forward_arguments("dwconv_fwd", case, tensors, geometry)))
@@ -153,7 +164,7 @@ def test_separable_forward(window: str, layout: str, k: int, keep: int, passthro
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("window", [name for name in WINDOWS if name != "7x7"])
+@pytest.mark.parametrize("window", WINDOWS)
 def test_separable_backward(window: str, layout: str) -> None:
     """All channels fit one block here: each program owns its pixels, and reads their gradient and windows once."""
     from effops.ops.dsconv.triton import dsconv_bwd, dsconv_fwd

@@ -81,7 +81,7 @@ class Usage:
 
 
 # The constants that say how a kernel is tiled; other ones say what it computes.
-_CHOSEN = ("BLOCK_", "ROWS", "COLS", "GROUP")
+_CHOSEN = ("BLOCK_", "ROWS", "COLS", "GROUP_", "PARTS")
 
 
 @dataclass
@@ -229,7 +229,7 @@ def faults(row: Row, arch: int) -> Iterator[str]:
         yield "a product of half-precision tiles without tensor cores"
     widest = max(map(int, usage.loads), default=row.vector_bytes)
     wanted = row.vector_bytes
-    if row.kernel == MANY_SUMS and row.constants["GROUP"] > 9:
+    if row.kernel == MANY_SUMS and row.constants["GROUP_R"] * row.constants["GROUP_S"] > 14:
         wanted = min(wanted, 8)
     if row.kernel.startswith(MEMORY_BOUND) and widest < wanted:
         yield f"no load of {wanted} bytes, which the maps' alignment allows"

@@ -19,15 +19,15 @@ statistics gradient  x                                   du in float32          
 
 Each element once plus the window's halo, which neighbouring programs share in L2; the shifted loads of one program hit
 L1. Programs of gradients and statistics take several tiles and leave one line of partial results each, which a second
-kernel sums in a fixed order. Windows looped over (see the table) load x once a tap, from L1.
+kernel sums in a fixed order. Windows looped over (see the table) load x once a tap, from L1. The weight gradient reads
+du and x once for windows of up to 49 taps: above 25 the lanes of a program share them; a larger window's are shared
+among programs too, up to 112 each.
 
 Roofline, calculated for an H200 (4.3 TB/s), nothing measured: forward of fp16 [128,128,56,56], 3x3, stride 1: 206 MB,
 48 us, 0.9 GFLOP (19 TFLOP/s at that time, on the FMA units); [128,512,14,14]: 51 MB, 12 us. Unverified on a GPU.
 """
 
 from __future__ import annotations
-
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -36,12 +36,13 @@ from torch import Tensor
 
 from effops.ops import geometry as G
 from effops.ops import triton_launch as L
+from effops.ops.dwconv.triton_configs import configs as configs  # the ahead-of-time check looks for it here
+from effops.ops.dwconv.triton_configs import steps_of, tile, weight_tile
 from effops.ops.epilogue import NONE
 from effops.ops.registration import fake_output
 from effops.ops.triton_device import (
     Affine,
     Sizes,
-    Window,
     accumulator,
     add_window,
     block_of,
@@ -60,7 +61,6 @@ from effops.ops.triton_device import (
     store_vector,
     tap_between,
     tap_vector,
-    window_pixels,
     zero_tiles,
 )
 from effops.ops.triton_sum import partials, sum_partials
@@ -170,6 +170,28 @@ def _input_gradient_kernel(
 
 
 # ---- weight gradient ------------------------------------------------------------------------------------------------
+#
+# A thread keeps a sum for each of its elements and taps. Where the window has too many, its taps are cut into groups of
+# GROUP_R x GROUP_S, and PARTS groups lie side by side in a program: each part of the tile's lanes has the sums of one
+# group, at the same cells as every other part, so that the program still reads the maps once. 7x7, four parts of 2x7:
+#
+#     lanes ->   | cells, rows 0 1 | the same, rows 2 3 | the same, rows 4 5 | the same, row 6 |
+#
+# 14 sums an element instead of 49 leave room for 16-byte accesses and two rows a cell. What it costs: the parts load du
+# each, three of the four loads from L1, and an eighth of the sums, of a row that is none, is for nothing.
+
+
+@triton.constexpr_function
+def _group_of(window, rows, columns):
+    """The window's group of taps that begins at its origin, as a window."""
+    return (rows, columns, *window[2:])
+
+
+@triton.jit
+def _first_tap(group, WINDOW: tl.constexpr, GROUP_R: tl.constexpr, GROUP_S: tl.constexpr):
+    """Row and column in the window of the first tap of a group; the groups are numbered row by row."""
+    columns: tl.constexpr = tl.cdiv(WINDOW.S, GROUP_S)
+    return group // columns * GROUP_R, group % columns * GROUP_S
 
 
 @triton.jit
@@ -181,65 +203,92 @@ def _add_product(sums, TAP: tl.constexpr, g, value):
 
 @triton.jit
 def _add_products(
-    sums, grad, x, n, p, q, inside, o, live, sizes,
-    WINDOW: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
+    sums, grad, x, n, p, q, inside, row, column, o, live, sizes,
+    WINDOW: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
-    """sums[tap] += grad * the input pixel under that tap, for ROWS output rows; unrolled, each input tile once."""
+    """sums[tap] += grad * the input pixel under that tap, for ROWS output rows; each input tile once.
+
+    Args:
+        row, column: the first tap of each lane's group in the window; None where the group is the window.
+    """
     g = ()
     for i in tl.static_range(ROWS):
         mask = (inside & (p + i < sizes.P))[:, None] & live[None, :]
         g = g + (load_tile(grad, n, p + i, q, o, mask, VEC).to(sums[0].dtype),)
-    for dx in tl.static_range(offset_count(1, WINDOW, False, False)):
-        w = q * WINDOW.SW - WINDOW.LEFT + offset_at(dx, 1, WINDOW, False, False)
+    top = p * WINDOW.SH - WINDOW.TOP
+    left = q * WINDOW.SW - WINDOW.LEFT
+    if row is not None:
+        top += row * WINDOW.DH
+        left += column * WINDOW.DW
+    for dx in tl.static_range(offset_count(1, GROUP, False, False)):
+        w = left + offset_at(dx, 1, GROUP, False, False)
         in_columns = inside & (w >= 0) & (w < sizes.W)
-        for dy in tl.static_range(offset_count(ROWS, WINDOW, True, False)):
-            h = p * WINDOW.SH - WINDOW.TOP + offset_at(dy, ROWS, WINDOW, True, False)
-            mask = (in_columns & (h >= 0) & (h < sizes.H))[:, None] & live[None, :]
-            value = load_tile(x, n, h, w, o // WINDOW.MULT, mask, VEC).to(sums[0].dtype)
+        if row is not None:  # the window may end inside a group
+            in_columns = in_columns & (w <= q * WINDOW.SW - WINDOW.LEFT + (WINDOW.S - 1) * WINDOW.DW)
+        for dy in tl.static_range(offset_count(ROWS, GROUP, True, False)):
+            h = top + offset_at(dy, ROWS, GROUP, True, False)
+            in_map = in_columns & (h >= 0) & (h < sizes.H)
+            if row is not None:
+                in_map = in_map & (h <= (p + (ROWS - 1)) * WINDOW.SH - WINDOW.TOP + (WINDOW.R - 1) * WINDOW.DH)
+            value = load_tile(x, n, h, w, o // WINDOW.MULT, in_map[:, None] & live[None, :], VEC).to(sums[0].dtype)
             for i in tl.static_range(ROWS):
-                sums = _add_product(sums, tap_between(i, 0, dy, dx, ROWS, 1, WINDOW, False), g[i], value)
+                sums = _add_product(sums, tap_between(i, 0, dy, dx, ROWS, 1, GROUP, False), g[i], value)
     return sums
 
 
 @triton.jit
-def _add_group(
-    sums, grad, x, n, p, q, inside, o, live, first, sizes,
-    WINDOW: tl.constexpr, GROUP: tl.constexpr, VEC: tl.constexpr,
+def _store_groups(
+    lines, sums, first_group, o, live, COUNT,
+    WINDOW: tl.constexpr, GROUP_R: tl.constexpr, GROUP_S: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
-    """The same for the taps first + [0, GROUP) of a window too large to unroll."""
-    g = load_tile(grad, n, p, q, o, inside[:, None] & live[None, :], VEC).to(sums[0].dtype)
-    for k in tl.static_range(GROUP):
-        tap = first + k
-        h, w, in_map = window_pixels(p, q, tap // WINDOW.S, tap % WINDOW.S, sizes, WINDOW)
-        mask = (inside & in_map)[:, None] & live[None, :]
-        sums = put(sums, k, sums[k] + g * load_tile(x, n, h, w, o // WINDOW.MULT, mask, VEC).to(sums[0].dtype))
-    return sums
+    """lines[tap, o] = the sums of each part's group over its lanes."""
+    row, column = _first_tap(first_group + tl.arange(0, PARTS), WINDOW, GROUP_R, GROUP_S)
+    for k in tl.static_range(GROUP_R * GROUP_S):
+        r = row + k // GROUP_S
+        s = column + k % GROUP_S
+        total = tl.sum(tl.reshape(sums[k], (PARTS, sums[k].shape[0] // PARTS, o.shape[0])), 1)
+        mask = ((r < WINDOW.R) & (s < WINDOW.S))[:, None] & live[None, :]
+        tl.store(lines + (((r * WINDOW.S + s) * COUNT)[:, None] + o[None, :]), total, mask=mask)
 
 
 @triton.jit
 def _weight_gradient_kernel(
     grad, x, partial, sizes, cells, steps,
     WINDOW: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
-    UNROLLED: tl.constexpr, ROWS: tl.constexpr, GROUP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+    GROUP_R: tl.constexpr, GROUP_S: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     taps: tl.constexpr = WINDOW.R * WINDOW.S
+    rounds: tl.constexpr = tl.cdiv(tl.cdiv(WINDOW.R, GROUP_R) * tl.cdiv(WINDOW.S, GROUP_S), PARTS)
+    split: tl.constexpr = taps > GROUP_R * GROUP_S
+    cells_at_once: tl.constexpr = BLOCK_M // PARTS
     channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    groups: tl.constexpr = tl.cdiv(taps, GROUP)
     o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
-    first = tl.program_id(0) // channel_blocks % groups * GROUP
-    block = tl.program_id(0) // channel_blocks // groups
-    sums = zero_tiles(GROUP, BLOCK_M, BLOCK_C, partial.dtype.element_ty)
+    first_group = tl.program_id(0) // channel_blocks % rounds * PARTS
+    block = tl.program_id(0) // channel_blocks // rounds
+    row = None
+    column = None
+    cell = tl.arange(0, BLOCK_M)
+    if split:
+        row, column = _first_tap(first_group + cell // cells_at_once, WINDOW, GROUP_R, GROUP_S)
+        cell = cell % cells_at_once
+    sums = zero_tiles(GROUP_R * GROUP_S, BLOCK_M, BLOCK_C, partial.dtype.element_ty)
     for step in range(steps):
-        m = block_of(block * steps + step, BLOCK_M, WIDE)
-        inside = m < cells
+        first = block * steps + step
+        if WIDE:
+            first = first.to(tl.int64)
+        m = first * cells_at_once + cell
         n, p, q = cells_of(m, sizes, ROWS, 1)
-        if UNROLLED:
-            sums = _add_products(sums, grad, x, n, p, q, inside, o, live, sizes, WINDOW, ROWS, VEC)
-        else:
-            sums = _add_group(sums, grad, x, n, p, q, inside, o, live, first, sizes, WINDOW, GROUP, VEC)
-    row = partial + (block.to(tl.int64) * taps + first) * sizes.D
-    for k in tl.static_range(GROUP):
-        tl.store(row + (k * sizes.D + o), tl.sum(sums[k], 0), mask=tl.where(first + k < taps, live, False))
+        sums = _add_products(
+            sums, grad, x, n, p, q, m < cells, row, column, o, live, sizes,
+            WINDOW, _group_of(WINDOW, GROUP_R, GROUP_S), ROWS, VEC,
+        )  # fmt: skip
+    lines = partial + block.to(tl.int64) * taps * sizes.D
+    if split:
+        _store_groups(lines, sums, first_group, o, live, sizes.D, WINDOW, GROUP_R, GROUP_S, PARTS)
+    else:
+        for k in tl.static_range(taps):
+            tl.store(lines + (k * sizes.D + o), tl.sum(sums[k], 0), mask=live)
 
 
 # ---- gradient at the sums -------------------------------------------------------------------------------------------
@@ -404,115 +453,11 @@ def _statistics_gradient_kernel(
         store_tile(du, n, p + i, q, o, offset[None, :] + slope[None, :] * (u[i] - centre[None, :]), mask, VEC)
 
 
-# ---- host: configuration --------------------------------------------------------------------------------------------
-
-
-class Tile(NamedTuple):
-    """A kernel's tile and launch parameters.
-
-    Attributes:
-        BLOCK_M, BLOCK_C: cells and channels of a tile.
-        ROWS: target rows of a cell; 1 where the window is not unrolled.
-        UNROLLED: whether the window is unrolled.
-        num_warps: warps a program.
-        maxnreg: bound on a thread's registers. Left alone the assembler starts every load of a window at once.
-    """
-
-    BLOCK_M: int
-    BLOCK_C: int
-    ROWS: int
-    UNROLLED: bool
-    num_warps: int
-    maxnreg: int | None
-
-
-# The shipped table: kernel -> {taps at most: {bytes of an element: (channels_last, NCHW)}}. An entry is (elements of a
-# row of a cell a thread, rows of a cell, bound on registers); None, and every larger window, is a loop over the taps.
-# Forward, statistics and gradients at the sums keep elements x rows sums a thread, the weight's gradient elements x
-# taps. One table for sm_80, sm_90 and sm_100, with bounds at which none of them spills with 32-bit offsets.
-_MEDIUM = {2: (None, (2, 2, 128)), 4: (None, (2, 2, 128)), 8: (None, (1, 2, 168))}
-_SMALL = {2: ((8, 4, 200), (2, 4, 128)), 4: ((4, 4, 168), (2, 4, 128)), 8: ((2, 4, 168), (1, 4, 128))}
-# The running moments stand beside the sums, or the epilogue's vectors.
-_SUMS = {9: _SMALL | {4: ((4, 2, 168), (2, 4, 128))}, 25: _MEDIUM}
-_FORWARD = {9: _SMALL | {2: ((8, 2, 200), (2, 4, 128))}, 25: _MEDIUM}
-_EPILOGUE = {9: _FORWARD[9] | {2: ((8, 2, 255), (2, 4, 128)), 8: ((2, 2, 168), (1, 4, 168))}, 25: _MEDIUM}
-_TABLE = {
-    "forward": _FORWARD,
-    "epilogue_gradient": _EPILOGUE,
-    "statistics": _SUMS,
-    "input_gradient": {
-        9: _SMALL,
-        25: {2: ((8, 2, 255), (2, 2, 128)), 4: ((4, 2, 255), (2, 2, 128)), 8: ((2, 2, 168), (1, 2, 128))},
-    },
-    "weight_gradient": {
-        9: {2: ((8, 2, 168), (2, 2, 128)), 4: ((4, 2, 128), (2, 2, 128)), 8: ((2, 2, 128), (1, 2, 128))},
-        25: {2: ((4, 1, 168), (2, 1, 128)), 4: ((4, 1, 200), (2, 1, 128)), 8: ((1, 2, 128), (1, 1, 128))},
-    },
-}
-_LOOPED = {2: ((8, 1, 128), (2, 1, 128)), 4: ((4, 1, 128), (2, 1, 128)), 8: ((2, 1, 255), (1, 1, 128))}
-_WARPS = 4
-
-
-def configs() -> dict[str, list[dict[str, Any]]]:
-    """What the choosers can return, by kernel, for the ahead-of-time check."""
-
-    def of(kernel: str) -> list[dict[str, Any]]:
-        entries = [e for sizes in _TABLE[kernel].values() for layouts in sizes.values() for e in layouts if e]
-        tiles = {(True, rows, bound) for _, rows, bound in entries}
-        tiles |= {(False, rows, bound) for layouts in _LOOPED.values() for _, rows, bound in layouts}
-        # The rows of an input gradient's cell follow from the stride too, those of channels read one by one from less.
-        listed = [
-            {"UNROLLED": unrolled, "maxnreg": bound} | ({} if kernel == "input_gradient" else {"ROWS": rows})
-            for unrolled, rows, bound in sorted(tiles)
-        ]
-        return [*listed, *({"UNROLLED": unrolled, "maxnreg": 255} for unrolled in (True, False))]
-
-    return {
-        "_forward_kernel": of("forward"),
-        "_epilogue_gradient_kernel": [*of("epilogue_gradient"), {"ROWS": 1, "RECOMPUTE": False}],
-        "_input_gradient_kernel": of("input_gradient"),
-        "_weight_gradient_kernel": of("weight_gradient"),
-        "_statistics_kernel": of("statistics"),
-        "_combine_statistics_kernel": [{}],
-        "_statistics_gradient_kernel": of("forward"),
-    }
-
-
-def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: int, wide: bool) -> Tile:
-    """The configuration of a kernel by dtype, layout, window, channels and offsets.
-
-    Args:
-        kernel: a key of the table.
-        x: a map; only its dtype is read.
-        channels: of the tiles.
-        channels_last: whether a thread's neighbours are channels or pixels.
-        wide: whether offsets are 64-bit, which takes registers.
-    """
-    entries, taps = _TABLE[kernel], window.R * window.S
-    limit = min((most for most in entries if taps <= most), default=None)
-    layout = 0 if channels_last and channels >= 8 else 1  # with fewer channels a thread's elements are pixels
-    entry = entries[limit][x.element_size()][layout] if limit else None
-    # A cell is a whole number of strides: of a stride above 2 it would be too large to unroll.
-    unrolled = entry is not None and max(window.SH, window.SW) <= 2
-    elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
-    if window.MULT > 1 or channels % 8:  # channels are read one by one: their addresses take registers too
-        rows, maxnreg = min(rows, 2 if window.MULT == 1 else 1), 255
-    if wide:
-        rows, maxnreg = max(1, rows // 2), 255
-    if kernel == "input_gradient" and unrolled:
-        rows = max(window.SH, rows // window.SW // window.SH * window.SH)
-    if L.INTERPRETED:
-        return Tile(64, 16, rows, unrolled, _WARPS, None)
-    block_c = min(64, triton.next_power_of_2(channels)) if channels_last else 1
-    threads = 32 * _WARPS
-    return Tile(max(1, elements * threads // block_c), block_c, rows, unrolled, _WARPS, maxnreg)
+# ---- host -----------------------------------------------------------------------------------------------------------
 
 
 def _cells(n: int, p: int, q: int, rows: int, cols: int) -> int:
     return n * triton.cdiv(p, rows) * triton.cdiv(q, cols)
-
-
-# ---- host -----------------------------------------------------------------------------------------------------------
 
 
 def dwconv_fwd(
@@ -586,28 +531,20 @@ def weight_gradient(grad: Tensor, input: Tensor, weight: Tensor, geometry: list[
     sizes, window = L.sizes_of(input, weight, geometry), L.window_of(weight, geometry)._replace(TAPS=None)
     maps = (grad, input)
     wide = L.needs_wide(maps, sizes, window)
-    t = tile("weight_gradient", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
-    taps = window.R * window.S
-    group = taps if t.UNROLLED else 8
+    t = weight_tile(input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
+    rounds = t.rounds(window)
     cells = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1)
     channel_blocks = triton.cdiv(sizes.D, t.BLOCK_C)
-    steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
-    blocks = triton.cdiv(cells, t.BLOCK_M * steps)
-    partial = partials(input, blocks, taps, sizes.D)
+    # A program leaves a sum a tap: of a large window they would be more bytes than the maps, were programs as many.
+    steps = steps_of(triton.cdiv(cells, t.cells), channel_blocks * t.PARTS * rounds)
+    blocks = triton.cdiv(cells, t.cells * steps)
+    partial = partials(input, blocks, window.R * window.S, sizes.D)
     L.launch(
-        _weight_gradient_kernel, blocks * triton.cdiv(taps, group) * channel_blocks, input,
+        _weight_gradient_kernel, blocks * rounds * channel_blocks, input,
         L.as_map(grad), L.as_map(input), partial, sizes, cells, steps,
-        WINDOW=window, WIDE=wide, VEC=L.vector_width(maps, (input.shape[1], sizes.D)),
-        GROUP=group, **t._asdict(),
+        WINDOW=window, WIDE=wide, VEC=L.vector_width(maps, (input.shape[1], sizes.D)), **t._asdict(),
     )  # fmt: skip
     return sum_partials(partial, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
-
-
-def _steps(tiles: int, channel_blocks: int) -> int:
-    """Tiles that one program sums up: so many that programs still fill the device several times over."""
-    if L.INTERPRETED:
-        return 3
-    return max(1, min(64, tiles * channel_blocks // 4096))
 
 
 def _epilogue_gradient(
@@ -632,7 +569,7 @@ def _epilogue_gradient(
     if not recompute:
         t = t._replace(ROWS=1)
     cells, channel_blocks = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1), triton.cdiv(sizes.D, t.BLOCK_C)
-    steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
+    steps = steps_of(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
     blocks = triton.cdiv(cells, t.BLOCK_M * steps)
     partial = [partials(input, blocks, 1, sizes.D) if want else None for want in wanted[1:4]]
     vec = L.vector_width(maps, (input.shape[1], sizes.D))
@@ -680,7 +617,7 @@ def dwconv_stats(input: Tensor, weight: Tensor, bias: Tensor | None, geometry: l
     wide = L.needs_wide((input,), sizes, window)
     t = tile("statistics", input, sizes.D, window, geometry[G.CHANNELS_LAST], wide)
     cells, channel_blocks = _cells(input.shape[0], sizes.P, sizes.Q, t.ROWS, 1), triton.cdiv(sizes.D, t.BLOCK_C)
-    steps = _steps(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
+    steps = steps_of(triton.cdiv(cells, t.BLOCK_M), channel_blocks)
     blocks = triton.cdiv(cells, t.BLOCK_M * steps)
     counts, means, squares = torch.empty((3, blocks, sizes.D), dtype=torch.float64, device=input.device)
     vec = L.vector_width((input,), (input.shape[1], sizes.D))
