@@ -144,7 +144,7 @@ def same(kernel: int, **others: Any) -> dict[str, Any]:
 
 
 DW_CASES: list[tuple[DwCase, str | None]] = [
-    (DwCase(id="k5-c240-14x14-every_part", n=32, c=240, h=14, w=14, epi=HEAVIEST, **same(5)), None),
+    (DwCase(id="k5-c240-14x14-every_part", n=128, c=240, h=14, w=14, epi=HEAVIEST, **same(5)), None),
     (DwCase(id="k3-c128-56x56-every_part", n=32, c=128, h=56, w=56, epi=HEAVIEST), None),
     (DwCase(id="k7-c96-56x56-a_loop", n=32, c=96, h=56, w=56, epi=HEAVIEST, **same(7)), None),
     (DwCase(id="k3-c256-14x14-multiplier2", n=8, c=128, h=14, w=14, multiplier=2, epi=HEAVIEST), None),

@@ -144,17 +144,6 @@ def bank_of(
     return packed, window._replace(B=0)
 
 
-class Config(NamedTuple):
-    """A kernel's tile (pixels, channels of the depthwise convolution, output channels) and its launch parameters."""
-
-    BLOCK_M: int
-    BLOCK_C: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None  # bound on a thread's registers; None leaves it to the assembler
-
-
 class Launch(NamedTuple):
     """A launch on meta tensors: recorded, not run. The ahead-of-time check (tests/triton_compile.py) compiles it."""
 

@@ -37,7 +37,7 @@ Calculated for fp16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 790
 
 Matrices and taps are small: L1 and L2 hold them. What hides memory's latency is other programs on the processor, not a
 pipeline: its buffers for nine shifted tiles would fill shared memory, and cp.async of 16 bytes bypasses L1, so that the
-nine would come from L2. The bound on registers (see _registers) is there to have those programs.
+nine would come from L2. The bound on registers (see triton_configs) is there to have those programs.
 """
 
 from __future__ import annotations
@@ -52,6 +52,8 @@ from torch import Tensor
 
 from effops.ops import geometry as G
 from effops.ops import triton_launch as L
+from effops.ops.dsconv.triton_configs import backward_config, matrix_config, pointwise_config
+from effops.ops.dsconv.triton_configs import configs as configs  # the ahead-of-time check looks for it here
 from effops.ops.dwconv.triton import input_gradient, weight_gradient
 from effops.ops.epilogue import NONE
 from effops.ops.registration import fake_output
@@ -435,6 +437,16 @@ def _wide(layer: _Layer, maps: Sequence[Tensor | None]) -> bool:
     return L.needs_wide(maps, layer.sizes, layer.window)
 
 
+def _is_plain(layer: _Layer, vec: int, output: Tensor) -> bool:
+    """Whether the forward kernel needs few registers.
+
+    Of a half type, packed bank, 16-byte accesses, 32-bit offsets, nothing added, scaled, passed or kept.
+    """
+    extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
+    simple = not layer.keep and all(extra is None for extra in extras)
+    return simple and layer.window.B == 0 and vec == 8 and not _wide(layer, (output,))
+
+
 def _constants(layer: _Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
     """What shapes the code of every kernel here."""
     return {
@@ -471,7 +483,7 @@ def dsconv_fwd(
     output = layer.map_of(layer.keep + layer.K)
     y = output[:, layer.keep :]
     vectors = _vectors(layer, (), (residual, y), output)
-    config = pointwise_config(layer, vectors.C, roomy=_wide(layer, (output,)))
+    config = pointwise_config("forward", input, layer.sizes, layer.K, vectors.C, _is_plain(layer, vectors.C, output))
     L.launch(
         _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), input,
         *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
@@ -546,7 +558,7 @@ def _output_gradient(layer: _Layer, grad_output: Tensor, output: Tensor | None, 
     residual = layer.residual if chain.POST != NONE else None
     recompute = gradients.wants(_SCALE) or not (linear or saved is not None)
     vectors = _vectors(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
-    config = pointwise_config(layer, vectors.C, roomy=True, table=_OUTPUT_GRADIENT)
+    config = pointwise_config("output_gradient", layer.input, layer.sizes, layer.K, vectors.C, plain=False)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_BIAS, rows)
     L.launch(
@@ -566,7 +578,7 @@ def _passed_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: 
     if grad is None:
         return
     vectors = _vectors(layer, (grad,), (du,), grad_output)
-    config = backward_config(layer, layer.passed, vectors.C)
+    config = backward_config(layer.input, layer.sizes.M, layer.passed, vectors.C)
     constants = _constants(layer, (grad_output, du), config.BLOCK_M)
     del constants["WINDOW"], constants["DW_CHAIN"]
     L.launch(
@@ -587,7 +599,7 @@ def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradient
     residual = layer.dw_residual if chain.POST != NONE else None
     recompute = gradients.wants(_DW_SCALE) or not chain.ACT == chain.POST == NONE
     vectors = _vectors(layer, (sums_grad, residual_grad), (du,), grad_output)
-    config = backward_config(layer, layer.sizes.D, vectors.C)
+    config = backward_config(layer.input, layer.sizes.M, layer.sizes.D, vectors.C)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_DW_BIAS, rows)
     L.launch(
@@ -604,7 +616,7 @@ def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradient
 def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
     """The gradient of the pointwise weight: sum over pixels of du[pixel, k] * z[pixel, c], z recomputed."""
     vectors = _vectors(layer, (), (du,), du)
-    config = matrix_config(layer, vectors.C)
+    config = matrix_config(layer.input, max(layer.sizes.D, layer.passed), layer.K, vectors.C)
     tiles = triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(layer.sizes.D, config.BLOCK_C)
     blocks = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     # Two programs a processor; more parts would only be more partial sums to write and read.
@@ -645,164 +657,3 @@ def dsconv_bwd(
     if gradients.wants(_DW_WEIGHT):
         gradients.found[_DW_WEIGHT] = weight_gradient(sums_grad, input, dw_weight, geometry)
     return gradients.in_order()
-
-
-# ---- configurations -------------------------------------------------------------------------------------------------
-
-# (BLOCK_M, BLOCK_K): (BLOCK_C, warps), in order of preference for a given BLOCK_K.
-# half    64 pixels fill a wgmma; 32 channels are 64 bytes, two sectors, of a pixel, and a thread holds 8 or 16
-#         elements of z: more, times a row of taps in flight, would halve the programs a processor holds. Few pixels:
-#         64 channels, so that the sum over C takes half as many steps, each a trip to memory.
-# tf32    the same in twice the bytes: 16 channels where a thread would hold 16 elements of 4 bytes.
-# ieee    FMA, not tensor cores: bound by arithmetic from 64 channels on; shared memory feeds 8 x 4 sums a thread.
-# double  DMMA on sm_80 and 90: tiles are small, as everything is twice as wide.
-_FORWARD = {
-    "half": {
-        (64, 256): (32, 8), (32, 256): (32, 8), (16, 256): (64, 8),
-        (64, 128): (32, 4), (32, 128): (32, 4), (16, 128): (64, 4),
-        (64, 64): (32, 4), (32, 64): (32, 4), (16, 64): (64, 4),
-        (64, 32): (32, 4), (32, 32): (32, 4), (16, 32): (64, 4),
-    },
-    "tf32": {
-        (32, 256): (32, 8), (16, 256): (32, 8),
-        (64, 128): (32, 8), (32, 128): (32, 4), (16, 128): (32, 4),
-        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (32, 4),
-        (64, 32): (16, 4), (32, 32): (32, 4), (16, 32): (32, 4),
-    },
-    "ieee": {
-        (64, 128): (16, 8), (32, 128): (16, 8), (16, 128): (16, 4),
-        (64, 64): (16, 8), (32, 64): (16, 4), (16, 64): (16, 4),
-        (64, 32): (16, 4), (32, 32): (16, 4), (16, 32): (16, 4),
-    },
-    "double": {
-        (32, 64): (16, 8), (16, 64): (16, 4),
-        (32, 32): (16, 4), (16, 32): (16, 4),
-    },
-}  # fmt: skip
-
-# The same for the gradient at the pointwise sums: its epilogue needs the registers of as many sums again.
-_OUTPUT_GRADIENT = {
-    "half": {
-        (32, 128): (32, 8), (16, 128): (64, 8),
-        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (64, 4),
-        (64, 32): (32, 4), (32, 32): (32, 4), (16, 32): (64, 4),
-    },
-    "tf32": {
-        (32, 128): (32, 8), (16, 128): (32, 8),
-        (64, 64): (32, 8), (32, 64): (32, 4), (16, 64): (32, 4),
-        (64, 32): (16, 4), (32, 32): (32, 4), (16, 32): (32, 4),
-    },
-    "ieee": {
-        (64, 64): (16, 8), (32, 64): (16, 4), (16, 64): (16, 4),
-        (64, 32): (16, 4), (32, 32): (16, 4), (16, 32): (16, 4),
-    },
-    "double": {
-        (16, 64): (16, 8),
-        (32, 32): (16, 8), (16, 32): (16, 4),
-    },
-}  # fmt: skip
-
-
-def _kind(x: Tensor) -> str:
-    if x.element_size() == 2:
-        return "half"
-    return "double" if x.dtype == torch.float64 else L.dot_precision(x)
-
-
-def _registers(layer: _Layer, vec: int) -> int:
-    """The bound on a thread's registers.
-
-    Without one the assembler aims at an occupancy of its own and may spill for it. Plain layers of a half type (packed
-    bank, 16-byte accesses, nothing added, scaled, passed or kept) fit 128, or 160 where four warps hold 64 x 128 sums:
-    programs of 12 to 16 warps in all on a processor, some loading while others compute. The rest take what they need.
-    """
-    extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
-    plain = layer.window.B == 0 and vec == 8 and not layer.keep and all(extra is None for extra in extras)
-    return 128 if plain else 255
-
-
-def configs() -> dict[str, list[dict[str, Any]]]:
-    """What the choosers can return, by kernel, for the ahead-of-time check."""
-
-    def sums(table: dict) -> list[dict[str, Any]]:
-        tiles = {(m, k, "tf32" if kind == "tf32" else "ieee") for kind, tiles in table.items() for m, k in tiles}
-        return [{"BLOCK_M": m, "BLOCK_K": k, "PRECISION": precision} for m, k, precision in sorted(tiles)]
-
-    backward = {(m, k, warps) for tiles in _BACKWARD.values() for m, (_, k, warps, _) in tiles.items()}
-    over_k = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps} for m, k, warps in sorted(backward)]
-    return {
-        "_forward_kernel": sums(_FORWARD),
-        "_output_gradient_kernel": sums(_OUTPUT_GRADIENT),
-        # The same tiles; no problem of the check has so few pixels beside passed channels as the smallest needs.
-        "_passed_gradient_kernel": [{"BLOCK_K": k} for k in sorted({k for _, k, _ in backward})],
-        "_depthwise_gradient_kernel": over_k,
-        "_matrix_gradient_kernel": [{"BLOCK_M": m} for m in sorted({m for pair in _MATRIX.values() for m, *_ in pair})],
-    }
-
-
-def pointwise_config(layer: _Layer, vec: int, *, roomy: bool, table: dict = _FORWARD) -> L.Config:
-    """The widest tile of the table that gives every processor a program, pixels given up before channels.
-
-    Args:
-        vec: how many channels an access to z's maps takes. Where it is one, the addresses need the registers of the
-            largest tile, and the others twice the threads.
-        roomy: whether threads take what registers they need (see `_registers`): 64-bit offsets, a backward epilogue.
-        table: one of the above.
-    """
-    if L.INTERPRETED:
-        return L.Config(64, 32, 64, 4, 1)
-    tiles = table[_kind(layer.input)]
-    registers = 255 if roomy else _registers(layer, vec)
-    widest = max(triton.next_power_of_2(layer.K), min(k for _, k in tiles))
-    deepest = max(triton.next_power_of_2(layer.sizes.D), 16)
-    for (m, k), (c, warps) in tiles.items():
-        if k > widest or (vec == 1 and m * k > 64 * 128):
-            continue
-        warps = 8 if vec == 1 and m == 64 else warps
-        bound = 160 if registers == 128 and (m, k, warps) == (64, 128, 4) else registers
-        config = L.Config(m, min(c, deepest), k, warps, 2, bound)
-        if triton.cdiv(layer.sizes.M, m) * triton.cdiv(layer.K, k) >= L.processors(layer.input):
-            break
-    return config
-
-
-# BLOCK_M: (BLOCK_C, BLOCK_K, warps, stages) of the kernels that sum over k, in order of preference. The loop over k has
-# nothing but loads and a dot, so it is pipelined: three stages of (64 + 64) x 64 halves are 48 KB, of 227 a processor.
-_BACKWARD = {
-    "half": {64: (64, 64, 8, 3), 32: (64, 64, 8, 3), 16: (64, 64, 4, 3)},
-    "tf32": {64: (32, 32, 8, 2), 32: (32, 32, 4, 2), 16: (32, 32, 4, 2)},
-    "ieee": {64: (32, 32, 8, 2), 32: (32, 32, 8, 2), 16: (32, 32, 4, 2)},
-    "double": {32: (16, 32, 4, 2), 16: (16, 32, 4, 2)},
-}
-
-
-def backward_config(layer: _Layer, channels: int, vec: int) -> L.Config:
-    """As `pointwise_config`, for a kernel whose programs own a block of `channels`, each summing over all K."""
-    if L.INTERPRETED:
-        return L.Config(64, 32, 64, 4, 1)
-    for m, (c, k, warps, stages) in _BACKWARD[_kind(layer.input)].items():
-        c = min(c, 32) if vec == 1 else c  # channels are read one by one: their addresses take registers too
-        config = L.Config(m, min(c, max(triton.next_power_of_2(channels), 16)), k, warps, stages, 255)
-        if triton.cdiv(layer.sizes.M, m) * triton.cdiv(channels, config.BLOCK_C) >= L.processors(layer.input):
-            break
-    return config
-
-
-# (BLOCK_M, BLOCK_C, BLOCK_K) of the kernel that sums over pixels; the second where maps are read channel by channel.
-# 128 of K, so that z is computed once for most layers; each further block of channels reads du again, from L2.
-_MATRIX = {
-    "half": ((64, 64, 128), (64, 32, 128)),
-    "tf32": ((64, 32, 128), (64, 32, 128)),
-    "ieee": ((32, 32, 128), (32, 32, 128)),
-    "double": ((32, 16, 64), (32, 16, 64)),
-}
-
-
-def matrix_config(layer: _Layer, vec: int) -> L.Config:
-    """The tile of the pointwise weight's gradient: BLOCK_K x BLOCK_C sums, BLOCK_M pixels a step."""
-    if L.INTERPRETED:
-        return L.Config(64, 32, 64, 4, 1)
-    m, c, k = _MATRIX[_kind(layer.input)][vec == 1]
-    c = min(c, max(triton.next_power_of_2(max(layer.sizes.D, layer.passed)), 16))
-    k = min(k, max(triton.next_power_of_2(layer.K), 32))
-    return L.Config(m, c, k, 8, 1, 255)
