@@ -2,11 +2,11 @@
 //
 //   sums[m][n] += sum over d of A(m, d) * B(n, d)         m < M, n < N, d < DEPTH
 //
-// BlockProduct<T, TF32, M, N> is one of three classes with one interface (clear, add, store):
+// BlockProduct<T, TF32, M, N> is one of these, with one interface (clear, add, store):
 //
-//   TensorProduct16    half types: mma m16n8k16, operands by ldmatrix, float sums
-//   TensorProductTf32  float rounded to TF32 where that is allowed: mma m16n8k8
-//   FmaProduct         float and double: (M / 16) x (N / 16) sums a thread, 16 x 16 threads
+//   TensorProduct<Fragments16>     half types: mma m16n8k16, operands by ldmatrix, float sums
+//   TensorProduct<FragmentsTf32>   float rounded to TF32 where that is allowed: mma m16n8k8
+//   FmaProduct                     float and double: (M / 16) x (N / 16) sums a thread, 16 x 16 threads
 //
 // A warp of a tensor product owns a rectangle of M / kWarpsM x N / kWarpsN sums. Rows of the tiles are padded (see
 // padded_pitch): eight rows' 16-byte pieces, or eight rows' words of four columns, then lie in different banks.
@@ -43,18 +43,117 @@ struct WarpGrid {
   EFFOPS_DEVICE static int column() { return static_cast<int>(threadIdx.x) / 32 % kColumns * kN; }
 };
 
-// Where the fragments of an m16n8 product keep their sums: of lane l, sum i stands at row l / 4 + 8 * (i / 2) and
+// How the lanes of a warp hold the operands of one mma: 16 rows of A and twice 8 columns of B, kDepth elements deep. m,
+// n, d: the first row, column and element of the sum.
+//
+// ldmatrix takes four 8 x 8 matrices, each by the addresses of eight lanes, and transposes them where rows of the tile
+// hold the outer axis.
+template <class T>
+struct Fragments16 {
+  using Element = T;
+  static constexpr int kDepth = 16;
+
+  // First the two matrices of d .. d + 7, then the two of d + 8 .. d + 15.
+  template <RowHolds HOLDS>
+  EFFOPS_DEVICE static void load_a(std::uint32_t (&a)[4], const T* tile, int pitch, int m, int d) {
+    load<HOLDS>(a, tile, pitch, m + matrix() % 2 * 8, d + matrix() / 2 * 8);
+  }
+
+  // First the two matrices of n .. n + 7, then the two of n + 8 .. n + 15.
+  template <RowHolds HOLDS>
+  EFFOPS_DEVICE static void load_b(std::uint32_t (&b)[2][2], const T* tile, int pitch, int n, int d) {
+    std::uint32_t both[4];
+    load<HOLDS>(both, tile, pitch, n + matrix() / 2 * 8, d + matrix() % 2 * 8);
+    EFFOPS_UNROLL
+    for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = both[i];
+  }
+
+  EFFOPS_DEVICE static void multiply(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    mma_m16n8k16<T>(sums, a, b);
+  }
+
+ private:
+  // The one that this lane gives an address of.
+  EFFOPS_DEVICE static int matrix() { return static_cast<int>(threadIdx.x) % 32 / 8; }
+
+  template <RowHolds HOLDS>
+  EFFOPS_DEVICE static void load(std::uint32_t (&fragment)[4], const T* tile, int pitch, int outer, int d) {
+    const int row = static_cast<int>(threadIdx.x) % 8;
+    if constexpr (HOLDS == RowHolds::sum) {
+      load_matrix_x4(fragment, tile + (outer + row) * pitch + d);
+    } else {
+      load_matrix_x4_transposed(fragment, tile + (d + row) * pitch + outer);
+    }
+  }
+};
+
+struct FragmentsTf32 {
+  using Element = float;
+  static constexpr int kDepth = 8;
+
+  template <RowHolds HOLDS>
+  EFFOPS_DEVICE static void load_a(std::uint32_t (&a)[4], const float* tile, int pitch, int m, int d) {
+    EFFOPS_UNROLL
+    for (int i = 0; i < 4; ++i) a[i] = element<HOLDS>(tile, pitch, m + i % 2 * 8, d + i / 2 * 4);
+  }
+
+  template <RowHolds HOLDS>
+  EFFOPS_DEVICE static void load_b(std::uint32_t (&b)[2][2], const float* tile, int pitch, int n, int d) {
+    EFFOPS_UNROLL
+    for (int i = 0; i < 4; ++i) b[i / 2][i % 2] = element<HOLDS>(tile, pitch, n + i / 2 * 8, d + i % 2 * 4);
+  }
+
+  EFFOPS_DEVICE static void multiply(float (&sums)[4], const std::uint32_t (&a)[4], const std::uint32_t (&b)[2]) {
+    mma_m16n8k8_tf32(sums, a, b);
+  }
+
+ private:
+  // Lane l's of an 8 x 4 matrix: row l / 4, column l % 4.
+  template <RowHolds HOLDS>
+  EFFOPS_DEVICE static std::uint32_t element(const float* tile, int pitch, int outer, int d) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    outer += lane / 4;
+    d += lane % 4;
+    return to_tf32(tile[HOLDS == RowHolds::sum ? outer * pitch + d : d * pitch + outer]);
+  }
+};
+
+// On the tensor cores, a warp a rectangle. Of lane l, sum i of an m16n8 product stands at row l / 4 + 8 * (i / 2) and
 // column l % 4 * 2 + i % 2.
-template <int M, int N>
-class FragmentSums {
+template <class Fragments, int M, int N>
+class TensorProduct {
+  using T = typename Fragments::Element;
+  using Grid = WarpGrid<M, N>;
+  static constexpr int kTilesM = Grid::kM / 16, kTilesN = Grid::kN / 8;
+
  public:
   EFFOPS_DEVICE void clear() {
     EFFOPS_UNROLL
     for (int i = 0; i < kTilesM; ++i) {
       EFFOPS_UNROLL
-      for (int j = 0; j < kTilesN; ++j) {
+      for (int j = 0; j < kTilesN; ++j) fill(sums_[i][j], 0.f);
+    }
+  }
+
+  template <RowHolds A, RowHolds B, int DEPTH>
+  EFFOPS_DEVICE void add(const T* a, int pitch_a, const T* b, int pitch_b) {
+    static_assert(DEPTH % Fragments::kDepth == 0);
+    EFFOPS_UNROLL
+    for (int d = 0; d < DEPTH; d += Fragments::kDepth) {
+      std::uint32_t of_a[kTilesM][4];
+      EFFOPS_UNROLL
+      for (int i = 0; i < kTilesM; ++i) {
+        Fragments::template load_a<A>(of_a[i], a, pitch_a, Grid::row() + i * 16, d);
+      }
+      EFFOPS_UNROLL
+      for (int j = 0; j < kTilesN; j += 2) {
+        std::uint32_t of_b[2][2];
+        Fragments::template load_b<B>(of_b, b, pitch_b, Grid::column() + j * 8, d);
         EFFOPS_UNROLL
-        for (int e = 0; e < 4; ++e) sums_[i][j][e] = 0;
+        for (int i = 0; i < kTilesM; ++i) {
+          Fragments::multiply(sums_[i][j], of_a[i], of_b[0]);
+          Fragments::multiply(sums_[i][j + 1], of_a[i], of_b[1]);
+        }
       }
     }
   }
@@ -72,102 +171,8 @@ class FragmentSums {
     }
   }
 
- protected:
-  using Grid = WarpGrid<M, N>;
-  static constexpr int kTilesM = Grid::kM / 16, kTilesN = Grid::kN / 8;
+ private:
   float sums_[kTilesM][kTilesN][4];
-};
-
-template <class T, int M, int N>
-class TensorProduct16 : public FragmentSums<M, N> {
-  using Base = FragmentSums<M, N>;
-  using typename Base::Grid;
-
- public:
-  template <RowHolds A, RowHolds B, int DEPTH>
-  EFFOPS_DEVICE void add(const T* a, int pitch_a, const T* b, int pitch_b) {
-    static_assert(DEPTH % 16 == 0);
-    EFFOPS_UNROLL
-    for (int d = 0; d < DEPTH; d += 16) {
-      std::uint32_t of_a[Base::kTilesM][4];
-      EFFOPS_UNROLL
-      for (int i = 0; i < Base::kTilesM; ++i) load_a<A>(of_a[i], a, pitch_a, Grid::row() + i * 16, d);
-      EFFOPS_UNROLL
-      for (int j = 0; j < Base::kTilesN; j += 2) {
-        std::uint32_t of_b[4];
-        load_b<B>(of_b, b, pitch_b, Grid::column() + j * 8, d);
-        const std::uint32_t left[2] = {of_b[0], of_b[1]}, right[2] = {of_b[2], of_b[3]};
-        EFFOPS_UNROLL
-        for (int i = 0; i < Base::kTilesM; ++i) {
-          mma_m16n8k16<T>(this->sums_[i][j], of_a[i], left);
-          mma_m16n8k16<T>(this->sums_[i][j + 1], of_a[i], right);
-        }
-      }
-    }
-  }
-
- private:
-  // Rows m .. m + 15 and d .. d + 15. Four 8 x 8 matrices, each given by the addresses of eight lanes: first the two of
-  // d .. d + 7, then the two of d + 8 .. d + 15.
-  template <RowHolds HOLDS>
-  EFFOPS_DEVICE static void load_a(std::uint32_t (&fragment)[4], const T* tile, int pitch, int m, int d) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
-    const int lower = matrix % 2 * 8, later = matrix / 2 * 8;
-    if constexpr (HOLDS == RowHolds::sum) {
-      load_matrix_x4(fragment, tile + (m + lower + row) * pitch + d + later);
-    } else {
-      load_matrix_x4_transposed(fragment, tile + (d + later + row) * pitch + m + lower);
-    }
-  }
-
-  // Columns n .. n + 15: the two matrices of n .. n + 7, d before d + 8, then those of n + 8 .. n + 15.
-  template <RowHolds HOLDS>
-  EFFOPS_DEVICE static void load_b(std::uint32_t (&fragment)[4], const T* tile, int pitch, int n, int d) {
-    const int lane = threadIdx.x % 32, matrix = lane / 8, row = lane % 8;
-    const int later = matrix % 2 * 8, lower = matrix / 2 * 8;
-    if constexpr (HOLDS == RowHolds::sum) {
-      load_matrix_x4(fragment, tile + (n + lower + row) * pitch + d + later);
-    } else {
-      load_matrix_x4_transposed(fragment, tile + (d + later + row) * pitch + n + lower);
-    }
-  }
-};
-
-template <int M, int N>
-class TensorProductTf32 : public FragmentSums<M, N> {
-  using Base = FragmentSums<M, N>;
-  using typename Base::Grid;
-
- public:
-  template <RowHolds A, RowHolds B, int DEPTH>
-  EFFOPS_DEVICE void add(const float* a, int pitch_a, const float* b, int pitch_b) {
-    static_assert(DEPTH % 8 == 0);
-    const int lane = threadIdx.x % 32, outer = lane / 4, inner = lane % 4;
-    EFFOPS_UNROLL
-    for (int d = 0; d < DEPTH; d += 8) {
-      std::uint32_t of_a[Base::kTilesM][4];
-      EFFOPS_UNROLL
-      for (int i = 0; i < Base::kTilesM; ++i) {
-        EFFOPS_UNROLL
-        for (int e = 0; e < 4; ++e) {
-          of_a[i][e] = element<A>(a, pitch_a, Grid::row() + i * 16 + outer + e % 2 * 8, d + inner + e / 2 * 4);
-        }
-      }
-      EFFOPS_UNROLL
-      for (int j = 0; j < Base::kTilesN; ++j) {
-        const int n = Grid::column() + j * 8 + outer;
-        const std::uint32_t of_b[2] = {element<B>(b, pitch_b, n, d + inner), element<B>(b, pitch_b, n, d + inner + 4)};
-        EFFOPS_UNROLL
-        for (int i = 0; i < Base::kTilesM; ++i) mma_m16n8k8_tf32(this->sums_[i][j], of_a[i], of_b);
-      }
-    }
-  }
-
- private:
-  template <RowHolds HOLDS>
-  EFFOPS_DEVICE static std::uint32_t element(const float* tile, int pitch, int outer, int d) {
-    return to_tf32(tile[HOLDS == RowHolds::sum ? outer * pitch + d : d * pitch + outer]);
-  }
 };
 
 // Thread (y, x) of 16 x 16 owns the sums of rows y, y + 16, ... and columns x, x + 16, ...
@@ -244,7 +249,8 @@ class FmaProduct {
 };
 
 template <class T, bool TF32, int M, int N>
-using BlockProduct = std::conditional_t<sizeof(T) == 2, TensorProduct16<T, M, N>,
-                                        std::conditional_t<TF32, TensorProductTf32<M, N>, FmaProduct<T, M, N>>>;
+using BlockProduct =
+    std::conditional_t<sizeof(T) == 2, TensorProduct<Fragments16<T>, M, N>,
+                       std::conditional_t<TF32, TensorProduct<FragmentsTf32, M, N>, FmaProduct<T, M, N>>>;
 
 }  // namespace effops::cuda
