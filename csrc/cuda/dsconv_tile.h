@@ -135,18 +135,33 @@ EFFOPS_DEVICE void number_slots(const Box& box, const Sizes& g, const Tables& ta
   }
 }
 
-// Of the box at `origin`.
+// Whether windows of `count` outputs have a tap on row (or column) i of the input under the first one's first tap.
+EFFOPS_DEVICE bool has_tap(int i, int count, int taps, int stride, int dilation) {
+  if (i > (count - 1) * stride + (taps - 1) * dilation) return false;
+  if (dilation == 1 && stride <= taps) return true;
+  EFFOPS_NO_UNROLL
+  for (int tap = 0; tap < taps; ++tap, i -= dilation) {
+    if (i >= 0 && i % stride == 0 && i / stride < count) return true;
+  }
+  return false;
+}
+
+// Of the box at `origin`. Pixels between and beyond the windows count as outside.
 template <class T>
 EFFOPS_DEVICE void locate_patch(const Layer<T>& layer, const Origin& origin, index_t* patch_at) {
   const Box& box = layer.box;
   const Sizes& g = layer.g;
+  const int rows = g.P - origin.p < box.rows ? g.P - origin.p : box.rows;
+  const int columns = g.Q - origin.q < box.columns ? g.Q - origin.q : box.columns;
   const int top = origin.p * g.stride_h - g.pad_top, left = origin.q * g.stride_w - g.pad_left;
   EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < box.patch_pixels(); i += kThreads) {
-    const int row = i / box.patch_columns;
-    const int h = top + row % box.patch_rows, w = left + i % box.patch_columns;
-    const index_t n = origin.n + row / box.patch_rows;
-    const bool exists = n < layer.N && inside(h, g.H) && inside(w, g.W);
+    const int line = i / box.patch_columns, row = line % box.patch_rows, column = i % box.patch_columns;
+    const int h = top + row, w = left + column;
+    const index_t n = origin.n + line / box.patch_rows;
+    const bool exists = n < layer.N && inside(h, g.H) && inside(w, g.W) &&
+                        has_tap(row, rows, g.R, g.stride_h, g.dilation_h) &&
+                        has_tap(column, columns, g.S, g.stride_w, g.dilation_w);
     patch_at[i] = exists ? n * layer.x.n + h * layer.x.h + w * layer.x.w : -1;
   }
 }
@@ -217,12 +232,24 @@ EFFOPS_DEVICE void copy_slots(const Layer<T>& layer, const Tables& tables, const
                         [&](int slot) { return element_of(map, pixel_of(layer, tables, origin, slot)); });
 }
 
-// `rows` rows of the pointwise matrix from row k on, its columns offset + first ..., of the `count` from `offset` on.
+// A block of columns of the pointwise matrix: of the passed channels or of the depthwise ones.
+struct ColumnBlock {
+  bool passed;
+  int first, count, offset;  // channels first ... of `count`, the first of them column `offset`
+};
+
+template <class T>
+EFFOPS_DEVICE ColumnBlock column_block(const Layer<T>& layer, int block, int columns) {
+  const int passed_blocks = ceil_div(layer.passed, columns);
+  if (block < passed_blocks) return {true, block * columns, layer.passed, 0};
+  return {false, (block - passed_blocks) * columns, layer.g.D, layer.passed};
+}
+
+// `rows` rows of the pointwise matrix from row k on, COLUMNS columns of it.
 template <class T, int COLUMNS>
-EFFOPS_DEVICE void copy_matrix(const Layer<T>& layer, int k, int rows, int offset, int first, int count, T* to,
-                               int pitch) {
-  const T* origin = layer.matrix + k * layer.matrix_k + offset * layer.matrix_c;
-  copy_rows<T, COLUMNS>(layer.read_matrix, to, pitch, rows, first, count,
+EFFOPS_DEVICE void copy_matrix(const Layer<T>& layer, int k, int rows, const ColumnBlock& block, T* to, int pitch) {
+  const T* origin = layer.matrix + k * layer.matrix_k + block.offset * layer.matrix_c;
+  copy_rows<T, COLUMNS>(layer.read_matrix, to, pitch, rows, block.first, block.count,
                         [&](int i) { return k + i < layer.K ? origin + i * layer.matrix_k : nullptr; });
 }
 
