@@ -1,9 +1,12 @@
 // Counts what every block of the kernels reads and writes of the maps, each element once, and holds it against what its
 // results need: the floor of the kernels' pictures. Maps are channels_last, with channels that vectors of them divide.
 // Prints a line a case; exits with 1 where one is wrong.
+#include <algorithm>
 #include <cstdio>
 #include <map>
+#include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -48,6 +51,28 @@ constexpr Case kCases[] = {
     {"7x7", 1, 16, 12, 13, 7, 7, 1, 1, 1}, {"3x3 dilated", 1, 16, 12, 13, 3, 3, 1, 2, 1},
 };
 
+// For dsconv besides: windows with gaps between them or in them, in patches and too far apart for one.
+constexpr Case kSeparableCases[] = {
+    {"1x1 stride 2", 1, 24, 17, 18, 1, 1, 2, 1, 1},
+    {"2x2 stride 3", 2, 24, 29, 30, 2, 2, 3, 1, 1},
+    {"3x3 dilated by 6", 1, 16, 9, 17, 3, 3, 1, 6, 1},
+    {"3x3 dilated by 25", 1, 8, 27, 28, 3, 3, 1, 25, 1},
+};
+
+// The elements of `data` that each block loaded or stored; as often as they were stored in `times`.
+Blocks touched_of(const float* data, std::size_t size, bool store, std::map<index_t, int>* times = nullptr) {
+  Blocks blocks;
+  for (const cuda_host::Access& access : cuda_host::accesses) {
+    const index_t first = static_cast<const float*>(access.address) - data;
+    if (access.store != store || first < 0 || first >= static_cast<index_t>(size)) continue;
+    for (index_t i = first; i < first + access.bytes / 4; ++i) {
+      blocks[{access.launch, access.block}].insert(i);
+      if (times) ++(*times)[i];
+    }
+  }
+  return blocks;
+}
+
 // A channels_last map [N, C, H, W] of floats.
 class FloatMap {
  public:
@@ -57,18 +82,8 @@ class FloatMap {
   TensorRef ref() { return {data_.data(), H_ * W_ * C_, 1, W_ * C_, C_}; }
   std::size_t size() const { return data_.size(); }
 
-  // The elements that each block loaded or stored; as often as they were stored in `times`.
   Blocks touched(bool store, std::map<index_t, int>* times = nullptr) const {
-    Blocks blocks;
-    for (const cuda_host::Access& access : cuda_host::accesses) {
-      const index_t first = static_cast<const float*>(access.address) - data_.data();
-      if (access.store != store || first < 0 || first >= static_cast<index_t>(data_.size())) continue;
-      for (index_t i = first; i < first + access.bytes / 4; ++i) {
-        blocks[{access.launch, access.block}].insert(i);
-        if (times) ++(*times)[i];
-      }
-    }
-    return blocks;
+    return touched_of(data_.data(), data_.size(), store, times);
   }
 
  private:
@@ -200,6 +215,150 @@ std::string weight_gradient(const Case& c) {
   return wrong.empty() ? judge(x.touched(false), wanted) : "gradients read by blocks: " + wrong;
 }
 
+// ---- dsconv's backward pass ----
+
+// Those of the blocks that are among `of`'s.
+Blocks only(const Blocks& blocks, const Blocks& of) {
+  Blocks found;
+  for (const auto& [block, elements] : blocks) {
+    if (of.contains(block)) found[block] = elements;
+  }
+  return found;
+}
+
+// Elements of all `channels` at the pixels that the elements of maps of `of` channels stand at.
+Elements at_pixels(const Elements& elements, index_t of, index_t first, index_t last, index_t channels) {
+  Elements found;
+  for (const index_t i : elements) {
+    for (index_t c = first; c < last; ++c) found.insert(i / of * channels + c);
+  }
+  return found;
+}
+
+// A layer D -> K whose output begins with `keep` channels of z, and a call of its backward pass.
+class Separable {
+ public:
+  Separable(const Case& c, index_t K, index_t keep)
+      : g(c.geometry()),
+        D(g.out_channels()),
+        channels(keep + K),
+        x(g.N, g.C, g.H, g.W),
+        grad(g.N, channels, g.P, g.Q),
+        output(g.N, channels, g.P, g.Q),
+        weight_(D * g.R * g.S),
+        matrix_(K * D),
+        result_(std::max(x.size(), static_cast<std::size_t>(K * D))) {
+    DsconvForwardArgs& forward = args.forward;
+    forward.g = g, forward.K = K, forward.keep = keep, forward.input = x.ref(), forward.dw_weight = weight_.data();
+    forward.pw_weight = matrix_.data(), forward.pw_stride_k = D, forward.pw_stride_c = 1;
+    forward.dw_epilogue.activation = Activation::silu;  // its gradient needs the sums
+    args.grad_output = grad.ref();
+  }
+
+  void want_input() { args.grad_input = {result_.data(), g.H * g.W * g.C, 1, g.W * g.C, g.C}; }
+  void want_matrix() { args.grad_pw_weight = result_.data(); }
+  void run() {
+    scratch_.emplace((cuda::dsconv_bwd_scratch(DType::f32, args, kDevice) + 3) / 4 + 1);
+    trace([&] { cuda::dsconv_bwd(DType::f32, args, kDevice, scratch_->data(), nullptr); });
+  }
+
+  // What a call keeps first in its scratch.
+  Blocks stored(index_t size, std::map<index_t, int>* times) const {
+    return touched_of(scratch_->data(), static_cast<std::size_t>(size), true, times);
+  }
+  index_t scratch_size() const { return static_cast<index_t>(scratch_->size()); }
+
+  const DepthwiseGeometry g;
+  const index_t D, channels;
+  FloatMap x, grad, output;
+  DsconvBackwardArgs args{};
+
+ private:
+  Buffer<float> weight_, matrix_, result_;
+  std::optional<Buffer<float>> scratch_;
+};
+
+// The gradient at the pointwise sums: each block loads the output's gradient where it stores, and the saved output
+// there, or x under all windows.
+std::string output_gradient(const Case& c, index_t K, bool saved) {
+  Separable layer(c, K, 0);
+  layer.args.forward.pw_epilogue.activation = saved ? Activation::relu : Activation::silu;
+  if (saved) layer.args.forward.output = layer.output.ref();
+  layer.want_matrix();
+  layer.run();
+  std::map<index_t, int> times;
+  const Blocks stored = layer.stored(layer.grad.size(), &times);
+  std::string wrong = each_once(times, layer.grad.size());
+  if (!wrong.empty()) return "stores " + wrong;
+  wrong = judge(layer.grad.touched(false), stored);
+  if (wrong.empty() && saved) wrong = judge(layer.output.touched(false), stored);
+  Blocks needed;
+  for (const auto& [block, elements] : stored) {
+    if (!saved) needed[block] = windows(layer.g, elements, K, true);
+  }
+  const Blocks loaded = only(layer.x.touched(false), stored);
+  if (wrong.empty() && saved && !loaded.empty()) wrong = "x loaded beside the saved output";
+  return !wrong.empty() || saved ? wrong : judge(loaded, needed);
+}
+
+// The gradient at the depthwise sums: the output's at its pixels, that of the kept copies of its channels, and x under
+// their windows.
+std::string z_gradient(const Case& c, index_t K) {
+  constexpr index_t kKeep = 8;
+  Separable layer(c, K, kKeep);
+  layer.want_input();
+  layer.run();
+  const index_t size = layer.g.N * layer.g.P * layer.g.Q * layer.D;
+  std::map<index_t, int> times;
+  const Blocks stored = layer.stored(size, &times);
+  std::string wrong = each_once(times, static_cast<std::size_t>(size));
+  if (!wrong.empty()) return "stores " + wrong;
+  Blocks du, x;
+  for (const auto& [block, elements] : stored) {
+    du[block] = at_pixels(elements, layer.D, kKeep, layer.channels, layer.channels);
+    x[block] = windows(layer.g, elements, layer.D, false);
+    for (const index_t i : elements) {
+      const index_t kept = i % layer.D - (layer.D - kKeep);
+      if (kept >= 0) du[block].insert(i / layer.D * layer.channels + kept);
+    }
+  }
+  wrong = judge(layer.grad.touched(false), du);
+  return wrong.empty() ? judge(layer.x.touched(false), x) : "gradient: " + wrong;
+}
+
+// The gradient of the matrix: a block stores sums for some output channels and some of z's, over pixels that are its
+// own; it loads the gradient of the first and x under the windows of the second there.
+std::string matrix_gradient(const Case& c, index_t K) {
+  Separable layer(c, K, 0);
+  layer.want_matrix();
+  layer.run();
+  std::map<index_t, int> times;
+  const Blocks stored = layer.stored(layer.scratch_size(), &times), grads = layer.grad.touched(false);
+  const index_t D = layer.D, parts = static_cast<index_t>(times.size()) / (K * D);
+  std::string wrong = each_once(times, static_cast<std::size_t>(parts * K * D));
+  if (!wrong.empty()) return "stores " + wrong;
+  Blocks du, x;
+  std::map<index_t, std::map<index_t, int>> owners;  // of each gradient, by the block's first channel of z
+  for (const auto& [block, sums] : stored) {
+    if (!grads.contains(block)) return "sums of no gradient";
+    const Elements& loaded = grads.at(block);
+    Elements outputs;
+    for (const index_t i : loaded) ++owners[*sums.begin() % D][i];
+    for (const index_t i : sums) {
+      const index_t k = i / D % K;
+      du[block].merge(at_pixels(loaded, K, k, k + 1, K));
+      if (k == *sums.begin() / D % K) outputs.merge(at_pixels(loaded, K, i % D, i % D + 1, D));
+    }
+    x[block] = windows(layer.g, outputs, D, false);
+  }
+  for (const auto& [channel, counts] : owners) {
+    if (wrong.empty()) wrong = each_once(counts, layer.grad.size());
+  }
+  if (!wrong.empty()) return "gradients read by blocks: " + wrong;
+  wrong = judge(grads, du);
+  return wrong.empty() ? judge(layer.x.touched(false), x) : "gradient: " + wrong;
+}
+
 int report(const char* kernel, const Case& c, const std::string& wrong) {
   std::printf("%s %s: %s\n", kernel, c.name, wrong.empty() ? "each block loads what its results need" : wrong.c_str());
   return wrong.empty() ? 0 : 1;
@@ -215,8 +374,18 @@ int main() try {
       wrong += report("dwconv input gradient", c, input_gradient(c));
       wrong += report("dwconv weight gradient", c, weight_gradient(c));
     }
-    wrong += report("dsconv forward, 24 channels", c, forward(c, 24));
-    wrong += report("dsconv forward, 160 channels", c, forward(c, 160));
+  }
+  for (const std::span<const Case> cases : {std::span<const Case>(kCases), std::span<const Case>(kSeparableCases)}) {
+    for (const Case& c : cases) {
+      for (const index_t K : {24, 160}) {
+        const std::string name = "dsconv to " + std::to_string(K) + ", ";
+        wrong += report((name + "forward").c_str(), c, forward(c, K));
+        wrong += report((name + "output gradient").c_str(), c, output_gradient(c, K, false));
+        wrong += report((name + "output gradient from the output").c_str(), c, output_gradient(c, K, true));
+        wrong += report((name + "z's gradient").c_str(), c, z_gradient(c, K));
+        wrong += report((name + "matrix's gradient").c_str(), c, matrix_gradient(c, K));
+      }
+    }
   }
   return wrong ? 1 : 0;
 } catch (const std::exception& error) {
