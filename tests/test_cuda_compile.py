@@ -122,7 +122,7 @@ def test_source_that_does_not_compile_is_an_error(nvcc: None, tmp_path: Path) ->
 
 
 USAGE = Usage(registers=64, stack=0, spills=0, local=0, shared=0)
-KERNEL = Kernel("forward_kernel<half_t>", "dwconv.cu", 256, {90: USAGE}, {90: {Launch(256, 40 * 1024)}})
+KERNEL = Kernel("forward_kernel<half_t>", "dwconv_forward.cu", 256, {90: USAGE}, {90: {Launch(256, 40 * 1024)}})
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     slow = replace(KERNEL, usage={90: replace(USAGE, registers=255)})
     monkeypatch.setattr(cuda_compile, "REASONS", {})
     assert cuda_compile.complaints([slow]) == [
-        "sm_90: dwconv.cu: forward_kernel<half_t>: occupancy 12%, at least 50% or a reason in REASONS is wanted"
+        "sm_90: dwconv_forward.cu: forward_kernel<half_t>: occupancy 12%, at least 50% or a reason in REASONS is wanted"
     ]
     monkeypatch.setattr(cuda_compile, "REASONS", {"forward_kernel<": "a good one", "none_kernel": "another"})
     assert cuda_compile.complaints([slow]) == ["REASONS: no kernel is called none_kernel"]
@@ -159,7 +159,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_kernel_that_nothing_launches_is_a_complaint(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_compile, "REASONS", {})
     assert cuda_compile.complaints([replace(KERNEL, launches={})]) == [
-        "dwconv.cu: forward_kernel<half_t>: no problem of problems.cu launches it"
+        "dwconv_forward.cu: forward_kernel<half_t>: no problem of problems.cu launches it"
     ]
 
 

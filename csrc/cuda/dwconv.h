@@ -16,6 +16,11 @@ struct Gradient {
 void depthwise_input_gradient(DType dtype, const DepthwiseGeometry& g, const Gradient& du, const void* weight,
                               const TensorRef& grad_input, const Device& device, Stream stream);
 
+// The same as a convolution of du by the taps turned by half a turn, which it is at stride 1. False: nothing was done,
+// the forward kernels do not know the window.
+bool depthwise_turned(DType dtype, const DepthwiseGeometry& g, const Gradient& du, const void* weight,
+                      const TensorRef& grad_input, const Device& device, Stream stream);
+
 // grad_weight [bank, R, S], contiguous, of dtype `dtype`. scratch: as many bytes, for the same arguments.
 std::size_t depthwise_weight_gradient_scratch(DType dtype, const DepthwiseGeometry& g, const Gradient& du,
                                               const TensorRef& input, const Device& device);

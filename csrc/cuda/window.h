@@ -53,6 +53,12 @@ EFFOPS_DEVICE TapRange valid_taps(int start, int dilation, int taps, int size) {
 
 EFFOPS_DEVICE bool inside(int i, int size) { return static_cast<unsigned>(i) < static_cast<unsigned>(size); }
 
+// Some columns of a band of output rows of an image.
+struct Cell {
+  index_t n;
+  int p, q, count;
+};
+
 // ---- taps ----
 
 // Where the kernel of output channel o starts.
@@ -103,7 +109,10 @@ struct Column {
       }
     }
   }
-  EFFOPS_DEVICE compute<T> value(int row, int channel) const { return to_compute(raw[row].v[channel]); }
+  EFFOPS_DEVICE void values(int row, compute<T> (&v)[N]) const {
+    EFFOPS_UNROLL
+    for (int j = 0; j < N; ++j) v[j] = to_compute(raw[row].v[j]);
+  }
 };
 
 // Bit i: whether row + i is inside the map.
@@ -115,86 +124,117 @@ EFFOPS_DEVICE unsigned rows_inside(int row, int height) {
   return rows;
 }
 
-// The sums of `count` output columns from q on in Rows output rows from p on, column by column: every input element is
-// loaded once and added to each of the output columns that it reaches, of which ceil(S / stride) are open at a time.
-//
-//      input rows   x  x  x  x      the columns of one step, stride 1, 3x3, Rows = 2
-//      p - 1        .  .  .  o ---> sums of columns q, q - 1, q - 2, taps 0, 1, 2 of the kernel's rows
-//      p            .  .  .  o      column q - 2 is complete: emit(q - 2, sums[Rows][N])
-//      p + 1        .  .  .  o
-//      p + 2        .  .  .  o
-//
-// x: the thread's first channel of its image; N channels side by side.
-template <class Window, int Rows, int N, class T, class Emit>
-EFFOPS_DEVICE void slide(const Map<const T>& x, const T* image, const Sizes& g, int p, int q, int count,
-                         const compute<T> (&taps)[Window::kTaps][N], const Emit& emit) {
-  using C = compute<T>;
-  constexpr int kStride = Window::kStride;
-  constexpr int kRows = (Rows - 1) * kStride + Window::R, kOpen = (Window::S + kStride - 1) / kStride;
-  constexpr int kLast = Window::S - (kOpen - 1) * kStride;  // columns of the last step that the last output needs
-  C sums[kOpen][Rows][N] = {};
-  const int row = p * kStride - g.pad_top;
-  int column = q * kStride - g.pad_left;
-  const unsigned rows = rows_inside<kRows>(row, g.H);
-  const T* at = image + row * x.h + column * x.w;
-  EFFOPS_NO_UNROLL
-  for (int step = 1 - kOpen; step < count; ++step) {
-    EFFOPS_UNROLL
-    for (int k = 0; k < kStride; ++k, ++column, at += x.w) {
-      const bool needed = k < kLast || step + 1 < count;
-      Column<kRows, N, T> loaded;
-      loaded.load(at, row_stride_of(x), needed && inside(column, g.W) ? rows : 0u);
-      EFFOPS_UNROLL
-      for (int i = 0; i < kRows; ++i) {
-        EFFOPS_UNROLL
-        for (int open = 0; open < kOpen; ++open) {
-          const int s = open * kStride + k;
-          if (s >= Window::S) continue;
-          EFFOPS_UNROLL
-          for (int output = 0; output < Rows; ++output) {
-            const int r = i - output * kStride;
-            if (r < 0 || r >= Window::R) continue;
-            EFFOPS_UNROLL
-            for (int j = 0; j < N; ++j) sums[open][output][j] += loaded.value(i, j) * taps[r * Window::S + s][j];
-          }
-        }
-      }
-    }
-    if (step >= 0) emit(q + step, sums[kOpen - 1]);
-    EFFOPS_UNROLL
-    for (int open = kOpen - 1; open >= 0; --open) {
-      EFFOPS_UNROLL
-      for (int output = 0; output < Rows; ++output) {
-        EFFOPS_UNROLL
-        for (int j = 0; j < N; ++j) sums[open][output][j] = open > 0 ? sums[open > 0 ? open - 1 : 0][output][j] : C(0);
-      }
-    }
+// add(output, r) for each of a cell's output rows that row i of its x reaches, with the row r of the window that it meets.
+template <class Window, int Rows, class Add>
+EFFOPS_DEVICE void outputs_under(int i, const Add& add) {
+  EFFOPS_UNROLL
+  for (int output = 0; output < Rows; ++output) {
+    const int r = i - output * Window::kStride;
+    if (r >= 0 && r < Window::R) add(output, r);
   }
 }
 
-// The same for one output column, where neighbouring threads own neighbouring columns and share its input in L1.
-template <class Window, int Rows, int N, class T>
-EFFOPS_DEVICE void column_sums(const Map<const T>& x, const T* image, const Sizes& g, int p, int q,
-                               const compute<T> (&taps)[Window::kTaps][N], compute<T> (&sums)[Rows][N]) {
-  constexpr int kRows = (Rows - 1) * Window::kStride + Window::R;
-  const int row = p * Window::kStride - g.pad_top, column = q * Window::kStride - g.pad_left;
+// A walk along the columns of x that the output columns of `cell` need, and no further; every element is loaded once
+// and meets each of the output columns that it reaches, of which kOpen = ceil(S / stride) are open at a time.
+//
+//      input rows   x  x  x  x      the columns of one step, stride 1, 3x3, Rows = 2
+//      p - 1        .  .  .  o ---> output columns q, q - 1, q - 2: open = 0, 1, 2, columns 0, 1, 2 of the taps
+//      p            .  .  .  o      column q - 2 is complete behind this step
+//      p + 1        .  .  .  o
+//      p + 2        .  .  .  o
+//
+// At step 1 - kOpen .. count - 1, after which output column cell.q + step is complete: before(step), then
+// add(open, output, tap, values of N channels) for each product, then after(step). o: the thread's first channel, of N
+// that lie side by side.
+template <class Window, int Rows>
+struct Walk {
+  static constexpr int kStride = Window::kStride;
+  static constexpr int kRows = (Rows - 1) * kStride + Window::R;
+  static constexpr int kOpen = (Window::S + kStride - 1) / kStride;
+  static constexpr int kLast =
+      Window::S - (kOpen - 1) * kStride;  // columns of the last step that the last output needs
+
+  template <int N, class T, class Before, class Add, class After>
+  EFFOPS_DEVICE static void along(const Map<const T>& x, int o, const Sizes& g, const Cell& cell, const Before& before,
+                                  const Add& add, const After& after) {
+    const int row = cell.p * kStride - g.pad_top;
+    int column = cell.q * kStride - g.pad_left;
+    const unsigned rows = rows_inside<kRows>(row, g.H);
+    const T* at = x.at(cell.n, o, 0, 0) + row * x.h + column * x.w;
+    EFFOPS_NO_UNROLL
+    for (int step = 1 - kOpen; step < cell.count; ++step) {
+      before(step);
+      EFFOPS_UNROLL
+      for (int k = 0; k < kStride; ++k, ++column, at += x.w) {
+        const bool needed = k < kLast || step + 1 < cell.count;
+        Column<kRows, N, T> loaded;
+        loaded.load(at, row_stride_of(x), needed && inside(column, g.W) ? rows : 0u);
+        EFFOPS_UNROLL
+        for (int i = 0; i < kRows; ++i) {
+          compute<T> values[N];
+          loaded.values(i, values);
+          EFFOPS_UNROLL
+          for (int open = 0; open < kOpen; ++open) {
+            const int s = open * kStride + k;
+            if (s >= Window::S) continue;
+            outputs_under<Window, Rows>(i, [&](int output, int r) { add(open, output, r * Window::S + s, values); });
+          }
+        }
+      }
+      after(step);
+    }
+  }
+};
+
+// emit(q, sums[Rows][N]) for each output column of a cell.
+template <class Window, int Rows, int N, class T, class Emit>
+EFFOPS_DEVICE void slide(const Map<const T>& x, int o, const Sizes& g, const Cell& cell,
+                         const compute<T> (&taps)[Window::kTaps][N], const Emit& emit) {
+  using C = compute<T>;
+  constexpr int kOpen = Walk<Window, Rows>::kOpen;
+  C sums[kOpen][Rows][N] = {};
+  Walk<Window, Rows>::template along<N>(
+      x, o, g, cell, [](int) {},
+      [&](int open, int output, int tap, const C(&values)[N]) {
+        EFFOPS_UNROLL
+        for (int j = 0; j < N; ++j) sums[open][output][j] += values[j] * taps[tap][j];
+      },
+      [&](int step) {
+        if (step >= 0) emit(cell.q + step, sums[kOpen - 1]);
+        EFFOPS_UNROLL
+        for (int open = kOpen - 1; open >= 0; --open) {
+          EFFOPS_UNROLL
+          for (int output = 0; output < Rows; ++output) {
+            EFFOPS_UNROLL
+            for (int j = 0; j < N; ++j) {
+              sums[open][output][j] = open > 0 ? sums[open > 0 ? open - 1 : 0][output][j] : C(0);
+            }
+          }
+        }
+      });
+}
+
+// The sums of one channel in one output column, where neighbouring threads own neighbouring columns and share its input
+// in L1.
+template <class Window, int Rows, class T>
+EFFOPS_DEVICE void column_sums(const Map<const T>& x, int o, const Sizes& g, const Cell& cell,
+                               const compute<T> (&taps)[Window::kTaps][1], compute<T> (&sums)[Rows][1]) {
+  constexpr int kRows = Walk<Window, Rows>::kRows;
+  const int row = cell.p * Window::kStride - g.pad_top, column = cell.q * Window::kStride - g.pad_left;
   const unsigned rows = rows_inside<kRows>(row, g.H);
-  const T* at = image + row * x.h + column * x.w;
+  const T* at = x.at(cell.n, o / g.multiplier, 0, 0) + row * x.h + column * x.w;
   EFFOPS_UNROLL
   for (int output = 0; output < Rows; ++output) fill(sums[output], compute<T>(0));
   EFFOPS_UNROLL
   for (int s = 0; s < Window::S; ++s, at += x.w) {
-    Column<kRows, N, T> loaded;
+    Column<kRows, 1, T> loaded;
     loaded.load(at, row_stride_of(x), inside(column + s, g.W) ? rows : 0u);
     EFFOPS_UNROLL
     for (int i = 0; i < kRows; ++i) {
-      EFFOPS_UNROLL
-      for (int output = 0; output < Rows; ++output) {
-        const int r = i - output * Window::kStride;
-        if (r < 0 || r >= Window::R) continue;
-        EFFOPS_UNROLL
-        for (int j = 0; j < N; ++j) sums[output][j] += loaded.value(i, j) * taps[r * Window::S + s][j];
-      }
+      compute<T> value[1];
+      loaded.values(i, value);
+      outputs_under<Window, Rows>(i,
+                                  [&](int output, int r) { sums[output][0] += value[0] * taps[r * Window::S + s][0]; });
     }
   }
 }
