@@ -163,7 +163,8 @@ extern __shared__ uint4 block_memory[];
 template <class T, int N>
 EFFOPS_DEVICE Vec<T, N> load_vec(const T* address) {
   using Raw = typename detail::Access<sizeof(T) * N>::type;
-  return detail::reinterpret<Vec<T, N> >(*reinterpret_cast<const Raw*>(address));
+  const Raw raw = *reinterpret_cast<const Raw*>(address);  // a value: a copy straight from memory would go byte by byte
+  return detail::reinterpret<Vec<T, N> >(raw);
 }
 template <class T, int N>
 EFFOPS_DEVICE void store_vec(T* address, const Vec<T, N>& values) {
