@@ -35,9 +35,9 @@ MIN_OCCUPANCY = 0.5
 # Kernels that hide latency by other means than many warps: a pattern of the name, and by which.
 REASONS: dict[str, str] = {
     r"dsconv_(forward|output_gradient)_kernel<(?!double)": "two blocks by registers: sums of a 64-pixel product and "
-    "the windows of the next z; copies a stage ahead. By shared memory too on sm_90 and sm_100, with one patch instead of "
-    "two where two would leave room for one block (14400 cycles a tile alone, 9900 as one of two: pointwise_tile); on "
-    "sm_80 large patches leave one",
+    "the windows of the next z; copies a stage ahead. By shared memory too on sm_90 and sm_100, with one patch instead "
+    "of two where two would leave room for one block (14400 cycles a tile alone, 9900 as one of two: pointwise_tile); "
+    "on sm_80 large patches leave one",
     "dsconv_": "sums of a 64-pixel product and the windows of the next z in registers: one or two "
     "blocks a processor by registers or shared memory, and copies a stage ahead",
     "epilogue_gradient_kernel<.*, 2>$": "sums, their window and taps beside the epilogue's values and three running "
