@@ -126,4 +126,28 @@ struct DsconvBackwardArgs {
   EpilogueGrads dw_grads, pw_grads;
 };
 
+// A pointwise convolution: weight[o, c] at o * stride_k + c * stride_c. outputs == 0: there is none.
+struct PointwiseRef {
+  const void* weight = nullptr;
+  index_t stride_k = 0, stride_c = 0;
+  index_t inputs = 0, outputs = 0;
+  EpilogueRef epilogue;
+};
+
+struct BsconvForwardArgs {
+  DepthwiseGeometry g;   // of the depthwise convolution: C is K, H x W the input's
+  PointwiseRef mid, pw;  // mid: BSConv-S's first one, or none
+  TensorRef input, output;
+  const void* dw_weight;  // [K, R, S] contiguous
+  EpilogueRef epilogue;
+};
+
+struct BsconvBackwardArgs {
+  BsconvForwardArgs forward;  // output: the saved one, or absent
+  TensorRef grad_output, grad_input;
+  void *grad_mid_weight = nullptr, *grad_pw_weight = nullptr;  // contiguous
+  void* grad_dw_weight = nullptr;
+  EpilogueGrads mid_grads, pw_grads, grads;
+};
+
 }  // namespace effops

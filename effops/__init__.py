@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 # Loaded when first used, so that `import effops` stays light.
 _LAZY = {
+    "BSConvS": "effops.modules",
+    "BSConvU": "effops.modules",
     "BlurPool2d": "effops.modules",
     "DepthwiseConv2d": "effops.modules",
     "DownsamplingBlock": "effops.modules",
@@ -25,6 +27,7 @@ _LAZY = {
     "SharedDepthwiseConv2d": "effops.modules",
     "create_model": "effops.models",
     "list_models": "effops.models",
+    "orthonormal_loss": "effops.modules",
 }
 
 __all__ = ["__version__", "autograd", "explain", "functional", "use_backend", *_LAZY]  # noqa: PLE0604

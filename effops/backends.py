@@ -35,7 +35,7 @@ class Call(NamedTuple):
     """One call of an operator, as the backends judge it.
 
     Attributes:
-        op: the operator: "dwconv", "dwconv_stats", "dsconv", or a later room's name (`_CHAINS`).
+        op: the operator: "dwconv", "dwconv_stats", "dsconv", "bsconv", or a later room's name (`_CHAINS`).
         name: the public function called, for messages.
         input: [N,C,H,W].
         weight: the depthwise weight [B,1,R,S].
@@ -103,6 +103,7 @@ class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
+    operators = _Kernels.operators | {"bsconv"}
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -342,7 +343,7 @@ class Explanation:
 
 
 # What an operator computes, in `explain`'s column "kernel".
-_CHAINS = {"dwconv": "{window}", "dwconv_stats": "{window}", "dsconv": "{window} + 1x1"}
+_CHAINS = {"dwconv": "{window}", "dwconv_stats": "{window}", "dsconv": "{window} + 1x1", "bsconv": "1x1 + {window}"}
 
 
 def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:

@@ -17,6 +17,8 @@ from effops.modules import ds_conv_key_map
 from effops.modules.vgnet import Pair
 
 __all__ = [
+    "BSConvS",
+    "BSConvU",
     "BlurPool2d",
     "DepthwiseConv2d",
     "DownsamplingBlock",
@@ -97,6 +99,20 @@ class FusedDSConv(modules.FusedDSConv):
         elif residual is not None:
             y = y + residual
         return self.post_act(y)
+
+
+class BSConvU(modules.BSConvU):
+    """`effops.BSConvU` as its sub-modules compute it one by one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.dw(self.bn(self.pw(input)))
+
+
+class BSConvS(modules.BSConvS):
+    """`effops.BSConvS` as its sub-modules compute it one by one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.dw(self.bn2(self.pw2(self.bn1(self.pw1(input)))))
 
 
 class HalfIdentityBlock(modules.HalfIdentityBlock):

@@ -71,6 +71,16 @@ class DsCase(_Case):
     prefixes = ("dw_", "")
 
 
+@dataclass(frozen=True, kw_only=True)
+class BsCase(_Case):
+    k: int = 8
+    m: int = 0  # channels between the two pointwise convolutions; 0: there is one
+    mid: Epi = field(default_factory=Epi)  # scale and shift alone
+    pw: Epi = field(default_factory=Epi)  # no residual
+    epi: Epi = field(default_factory=Epi)
+    prefixes = ("pw_", "")
+
+
 DW_CASES = [
     DwCase(id="k3s1-c1-1x1_map", n=1, c=1, h=1, w=1),
     DwCase(id="k3s1-c1", c=1, h=9, w=11, epi=Epi(bias=True)),
@@ -236,6 +246,55 @@ DS_CASES = [
     # Training with a BN between: statistics folded into scale and shift, the activation after them.
     DsCase(id="k3s1-c16-24-bn_between", c=16, k=24, layout="channels_last",
            dw=Epi(scale=True, shift=True, post_activation="relu")),
+]  # fmt: skip
+
+
+_NORM = Epi(scale=True, shift=True)
+_PW = Epi(bias=True, scale=True, shift=True, activation="silu", post_activation="sigmoid")
+
+BS_CASES = [
+    BsCase(id="k3s1-c1-1-1x1_map", n=1, c=1, k=1, h=1, w=1),
+    BsCase(id="k3s1-c3-16-stem", c=3, k=16, h=8, w=8),
+    BsCase(id="k3s1-c17-1-one_output_channel", c=17, k=1, layout="channels_last", epi=Epi(bias=True)),
+    BsCase(id="k3s2-c28-56-odd_w-cl", c=28, k=56, h=13, w=15, stride=(2, 2), layout="channels_last", epi=BIAS_RELU),
+    BsCase(id="k3s1-c33-29-nchw", c=33, k=29, h=9, w=9, pw=Epi(bias=True), epi=FULL),
+    BsCase(id="k3s1-c112-40-14x14", c=112, k=40, n=1, h=14, w=14, layout="channels_last", epi=_MOBILE),
+    # Bands, rings and their wrapping; several panels, the last of another width.
+    BsCase(id="k3s1-c20-130-64x40-cl", n=1, c=20, k=130, h=64, w=40, layout="channels_last", pw=_NORM,
+           epi=Epi(bias=True)),
+    BsCase(id="k5s2-c12-72-63x33-nchw", n=3, c=12, k=72, h=63, w=33, kernel=(5, 5), stride=(2, 2),
+           padding=(2, 2, 2, 2), m=4, mid=_NORM, epi=Epi(bias=True, activation="silu")),
+    BsCase(id="k3s3-c16-24", c=16, k=24, h=11, w=13, stride=(3, 3), layout="channels_last"),
+    BsCase(id="k3s12-c8-stride_pair-subspace", c=8, k=12, stride=(1, 2), m=3, pw=Epi(shift=True)),
+    BsCase(id="k3d2-c16-24-dilated", c=16, k=24, h=12, w=11, dilation=(2, 2), padding=(2, 2, 2, 2),
+           layout="channels_last", m=4, epi=Epi(bias=True)),
+    BsCase(id="k1x3-c24-16", c=24, k=16, kernel=(1, 3), padding=(1, 1, 0, 0), layout="channels_last"),
+    BsCase(id="k2s2-c8-16-even_kernel", c=8, k=16, h=8, w=9, kernel=(2, 2), padding=(0, 1, 0, 0), stride=(2, 2)),
+    BsCase(id="k1s3-c8-16-windows_skip_rows", c=8, k=16, h=10, w=8, kernel=(1, 1), padding=(0, 0, 0, 0),
+           stride=(3, 2), layout="channels_last"),
+    BsCase(id="k3s2-c8-16-asymmetric", c=8, k=16, h=8, w=8, stride=(2, 2), padding=(0, 1, 0, 1), m=5, mid=_NORM),
+    # Whole windows in the padding see zeros, whatever the pointwise's bias, shift and activations make of a zero.
+    BsCase(id="k3s1-c8-16-padding_above_kernel", c=8, k=16, h=4, w=3, padding=(5, 4, 4, 6), layout="channels_last",
+           pw=_PW, epi=_MOBILE),
+    BsCase(id="k3s2-c4-9-padding_above_kernel", c=4, k=9, h=4, w=3, padding=(5, 4, 4, 6), stride=(2, 2), pw=_PW,
+           m=2, mid=_NORM),
+    BsCase(id="k3s1-c16-24-batch0", n=0, c=16, k=24, m=4, mid=_NORM, pw=_PW, epi=FULL),
+    BsCase(id="k3s1-c29-32-cl_odd_chunk", c=29, k=32, layout="cl_odd_chunk", m=8, epi=Epi(bias=True)),
+    BsCase(id="k3s2-c16-24-cl_crop", c=16, k=24, layout="cl_crop", stride=(2, 2)),
+    BsCase(id="k3s1-c8-16-every_second", c=8, k=16, layout="every_second", epi=Epi(residual=True),
+           residual_layout="every_second"),
+    BsCase(id="k3s1-c8-16-transposed", c=8, k=16, layout="transposed"),
+    BsCase(id="k3s1-c8-16-expanded", n=3, c=8, k=16, layout="expand_batch", epi=Epi(residual=True),
+           residual_layout="expand_space"),
+    BsCase(id="k3s1-c176-376-7x7-many_channels", n=1, c=176, k=376, h=7, w=7, layout="channels_last"),
+    BsCase(id="k3s1-c40-48-1x700-one_long_row", n=1, c=40, k=48, h=1, w=700, layout="channels_last", m=10),
+    BsCase(id="k3s2-c20-24-700x1-one_long_column", n=1, c=20, k=24, h=700, w=1, stride=(2, 1)),
+    BsCase(id="k3s1-c24-40-n37-1x1_maps", n=37, c=24, k=40, h=1, w=1, layout="channels_last", epi=Epi(bias=True)),
+    BsCase(id="k3s1-c16-16-add_then_relu", c=16, k=16, layout="channels_last", residual_layout="channels_last",
+           epi=Epi(bias=True, shift=True, residual=True, post_activation="relu")),
+    BsCase(id="k3s1-c24-32-full-float_params", c=24, k=32, layout="channels_last", m=6, mid=_NORM, pw=_PW, epi=FULL,
+           float_params=True),
+    BsCase(id="k3s1-c11-13-relu6-relu6", c=11, k=13, pw=_MOBILE, epi=_MOBILE),
 ]  # fmt: skip
 
 

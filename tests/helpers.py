@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import ACTIVATIONS, DsCase, DwCase, Epi
+from cases import ACTIVATIONS, BsCase, DsCase, DwCase, Epi
 from torch import Tensor
 
 import effops.functional as EF
@@ -36,6 +36,22 @@ DS_NAMES = (
     "dw_shift",
     "dw_residual",
     "pw_weight",
+    "bias",
+    "scale",
+    "shift",
+    "residual",
+)
+
+BS_NAMES = (
+    "input",
+    "mid_weight",
+    "mid_scale",
+    "mid_shift",
+    "pw_weight",
+    "pw_bias",
+    "pw_scale",
+    "pw_shift",
+    "dw_weight",
     "bias",
     "scale",
     "shift",
@@ -134,7 +150,22 @@ def oracle_dsconv(tensors: Tensors, case: DsCase, stages: dict | None = None) ->
     return torch.cat([z[:, z.shape[1] - case.keep :], out], 1) if case.keep else out
 
 
-def oracle(tensors: Tensors, case: DwCase | DsCase, stages: dict | None = None) -> Tensor:
+def oracle_bsconv(tensors: Tensors, case: BsCase, stages: dict | None = None) -> Tensor:
+    """Pointwise convolutions first; the padding goes round the last one's result."""
+    tensors = {**tensors, "mid_bias": None, "mid_residual": None, "pw_residual": None}
+    value = tensors["input"]
+    if case.m:
+        value = oracle_epilogue(F.conv2d(value, tensors["mid_weight"]), tensors, "mid_", case.mid)
+    value = F.conv2d(value, tensors["pw_weight"], _own_bias(tensors["pw_bias"], value.dtype))
+    z = F.pad(oracle_epilogue(value, tensors, "pw_", case.pw, stages), case.padding)
+    bias = _own_bias(tensors["bias"], z.dtype)
+    value = F.conv2d(z, tensors["dw_weight"], bias, case.stride, 0, case.dilation, groups=case.k)
+    return oracle_epilogue(value, tensors, "", case.epi, stages)
+
+
+def oracle(tensors: Tensors, case: DwCase | DsCase | BsCase, stages: dict | None = None) -> Tensor:
+    if isinstance(case, BsCase):
+        return oracle_bsconv(tensors, case, stages)
     return oracle_dsconv(tensors, case, stages) if isinstance(case, DsCase) else oracle_dwconv(tensors, case, stages)
 
 
@@ -327,6 +358,11 @@ def make_tensors(case: DwCase | DsCase, dtype: torch.dtype, *, kink_free: bool =
     spec = {"gen": gen, "dtype": dtype, "param_dtype": param_dtype}
     kh, kw = case.kernel
     x = lay_out(draw((case.n, case.c, case.h, case.w), gen, case.data, mean=1.0), case.layout, dtype)
+    if isinstance(case, BsCase):
+        tensors = _bs_tensors(case, x, spec)
+        if kink_free:
+            clear_kinks(tensors, case)
+        return tensors
     dw_channels = case.c * case.multiplier
     weight = draw((case.bank or dw_channels, 1, kh, kw), gen, case.data, (kh * kw) ** -0.5).to(dtype)
     if isinstance(case, DwCase):
@@ -347,6 +383,21 @@ def make_tensors(case: DwCase | DsCase, dtype: torch.dtype, *, kink_free: bool =
     if kink_free:
         clear_kinks(tensors, case)
     return tensors
+
+
+def _bs_tensors(case: BsCase, x: Tensor, spec: dict) -> Tensors:
+    gen, dtype, (kh, kw) = spec["gen"], spec["dtype"], case.kernel
+    found: Tensors = {"input": x}
+    read = case.c
+    if case.m:
+        found["mid_weight"] = draw((case.m, read, 1, 1), gen, case.data, read**-0.5).to(dtype)
+        _epilogue_tensors(found, "mid_", case.mid, case.m, case, spec)
+        read = case.m
+    found["pw_weight"] = draw((case.k, read, 1, 1), gen, case.data, read**-0.5).to(dtype)
+    _epilogue_tensors(found, "pw_", case.pw, case.k, case, spec)
+    found["dw_weight"] = draw((case.k, 1, kh, kw), gen, case.data, (kh * kw) ** -0.5).to(dtype)
+    _epilogue_tensors(found, "", case.epi, case.k, case, spec)
+    return {name: found.get(name) for name in BS_NAMES}
 
 
 def clear_kinks(tensors: Tensors, case: DwCase | DsCase) -> None:
@@ -458,6 +509,8 @@ def torchs_own_memory() -> Iterator[None]:
 
 def call(tensors: Tensors, case: DwCase | DsCase, backend: str) -> Tensor:
     """The public functional call that the case describes."""
+    if isinstance(case, BsCase):
+        return _bs_call(tensors, case, backend)
     weight_name = "weight" if isinstance(case, DwCase) else "dw_weight"
     weight, share = _bank_arguments(tensors[weight_name], case)
     geometry: dict[str, Any] = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
@@ -474,6 +527,17 @@ def call(tensors: Tensors, case: DwCase | DsCase, backend: str) -> Tensor:
     if share != 1 and case.multiplier != 1:
         raise NotImplementedError(f"{case.id}: a shared bank with a multiplier has no public depthwise function")
     return function(tensors["input"], weight, tensors["bias"], **arguments)
+
+
+def _bs_call(tensors: Tensors, case: BsCase, backend: str) -> Tensor:
+    names = [name for name in BS_NAMES if name not in ("input", "bias")]
+    return EF.bs_conv2d(
+        tensors["input"], **{name: tensors[name] for name in names}, dw_bias=tensors["bias"],
+        stride=case.stride, padding=case.padding, dilation=case.dilation,
+        pw_activation=case.pw.activation, pw_negative_slope=case.pw.slope, pw_post_activation=case.pw.post_activation,
+        activation=case.epi.activation, negative_slope=case.epi.slope, post_activation=case.epi.post_activation,
+        backend=backend,
+    )  # fmt: skip
 
 
 def stats_call(tensors: Tensors, case: DwCase, backend: str) -> tuple[Tensor, Tensor]:
@@ -515,12 +579,14 @@ def geometry_of(case: DwCase | DsCase, x: Tensor) -> list[int]:
     """The ``int[] geometry`` of the raw operators."""
     left, right, top, bottom = case.padding
     channels_last = int(memory_format_of(x) == torch.channels_last)
-    epi = case.epi if isinstance(case, DwCase) else case.dw
+    epi = case.dw if isinstance(case, DsCase) else case.epi
     code = ACTIVATIONS.index
     geometry = [*case.stride, top, bottom, left, right, *case.dilation, case.multiplier, channels_last]
     geometry += [code(epi.activation), code(epi.post_activation)]
     if isinstance(case, DsCase):
         geometry += [code(case.pw.activation), code(case.pw.post_activation), case.keep, 0]
+    if isinstance(case, BsCase):
+        return [*geometry, code(case.pw.activation), code(case.pw.post_activation)]
     return [*geometry, 0]
 
 

@@ -43,7 +43,8 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, memory_format: Any = t
 def test_functional_schemas() -> None:
     names = [schema.partition("(")[0] for schema in _library.schemas()]
     convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_bwd"]
-    assert names == [*convolutions, "dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine"]
+    blueprint = ["bsconv_fwd", "bsconv_bwd"]
+    assert names == [*convolutions, "dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine", *blueprint]
     for name in names:
         schema = getattr(torch.ops.effops, name).default._schema
         assert not schema.is_mutable

@@ -257,6 +257,12 @@ void* GradList::dense(int bit, const Tensor& like) {
   return tensors_.back().mutable_data_ptr();
 }
 
+void* GradList::dense(int bit, const OptionalTensor& like, const char* name) {
+  if (!wanted(bit)) return nullptr;
+  STD_TORCH_CHECK(like.has_value(), "effops: the mask asks for the gradient of ", name, ", which is absent");
+  return dense(bit, *like);
+}
+
 void* GradList::channel(int bit, const OptionalTensor& like, DType& dtype, const char* name) {
   if (!wanted(bit)) return nullptr;
   STD_TORCH_CHECK(like.has_value(), "effops: the mask asks for the gradient of ", name, ", which is absent");

@@ -75,6 +75,7 @@ class GradList {
   TensorRef map(int bit, const Tensor& like, bool channels_last);
   TensorRef map(int bit, const OptionalTensor& like, bool channels_last, const char* name);
   void* dense(int bit, const Tensor& like);
+  void* dense(int bit, const OptionalTensor& like, const char* name);
   void* channel(int bit, const OptionalTensor& like, DType& dtype, const char* name);
   std::vector<Tensor> take();
 

@@ -18,9 +18,12 @@ struct BandPlan {
   bool want_input;
   index_t per_image, count, slots;
 
-  BandPlan(const DepthwiseGeometry& geometry, bool want_input_, double cost) : g(geometry), want_input(want_input_) {
+  // rows: the most input rows of a band.
+  BandPlan(const DepthwiseGeometry& geometry, bool want_input_, double cost, index_t rows = index_t{1} << 31)
+      : g(geometry), want_input(want_input_) {
     slots = slots_for(cost, imax(1, g.N) * imax(1, g.P));
     per_image = g.N >= slots ? 1 : imax(1, imin(ceil_div(slots, imax(1, g.N)), imin(g.H, imax(1, g.P))));
+    per_image = imax(per_image, ceil_div(g.H, rows));
     count = g.N * per_image;
     slots = imax(1, imin(slots, count));
   }
@@ -91,6 +94,9 @@ class GradInputRows {
 
   // How many rows before a tile's own must still be there when the tile is added.
   static index_t history(const DepthwiseGeometry& g) { return (g.R - 1) * g.dilation_h; }
+
+  // Where the rows of the next bands go, if not to where they went before; same strides of pixels and channels.
+  void redirect(const TensorRef& destination) { destination_ = destination; }
 
   void begin(const Band& band) {
     band_ = band;
@@ -169,6 +175,8 @@ class GradInputRing {
 
   bool wanted() const { return destination_.data != nullptr; }
 
+  void redirect(const TensorRef& destination) { destination_ = destination; }  // as GradInputRows
+
   void begin(const Band& band) {
     band_ = band;
     flushed_ = opened_ = band.h_begin;
@@ -231,7 +239,7 @@ class GradInputRing {
 
 // ---- gradient of the kernels ----
 
-// sums[tap][channel] += input * grad over output rows. The taps of a window stay in registers over several rows, and go
+// sums[tap][channel] += input * grad over output rows. Source: RowSource<T>, or what has its row, pixel_stride and direct. The taps of a window stay in registers over several rows, and go
 // to doubles before a float chain gets long.
 template <class T>
 class GradDepthwiseWeight {
@@ -248,7 +256,8 @@ class GradDepthwiseWeight {
   bool wanted() const { return sums_ != nullptr; }
 
   // grad: [rows * Q][grad_ld], the gradients at the sums of output rows [p_begin, p_end).
-  void add(RowSource<T>& source, index_t n, index_t p_begin, index_t p_end, const C* grad, index_t grad_ld) const {
+  template <class Source>
+  void add(Source& source, index_t n, index_t p_begin, index_t p_end, const C* grad, index_t grad_ld) const {
     const index_t group = source.direct() ? imax(1, kSets * kChain / g_.Q) : 1;
     for (index_t p = p_begin; p < p_end; p += group) {
       const Rows rows{n, p, imin(p_end, p + group), grad + (p - p_begin) * g_.Q * grad_ld, grad_ld};
@@ -275,7 +284,8 @@ class GradDepthwiseWeight {
   index_t input_row(index_t p, index_t r) const { return p * g_.stride_h - g_.pad_top + r * g_.dilation_h; }
 
   // Any window: a row of pixels for each tap.
-  void any(RowSource<T>& source, const Rows& rows) const {
+  template <class Source>
+  void any(Source& source, const Rows& rows) const {
     for (index_t p = rows.p_begin; p < rows.p_end; ++p) {
       const TapRange valid = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
       const C* grad = rows.grad + (p - rows.p_begin) * g_.Q * rows.grad_ld;
@@ -305,8 +315,8 @@ class GradDepthwiseWeight {
   }
 
   // R x 3 taps from kernel row r0 on.
-  template <int R, int Stride>
-  __attribute__((noinline)) void window(RowSource<T>& source, const Rows& rows, index_t r0) const {
+  template <int R, int Stride, class Source>
+  __attribute__((noinline)) void window(Source& source, const Rows& rows, index_t r0) const {
     const T* x[kMaxRows][R];  // kernel row by kernel row; null outside the map
     for (index_t p = rows.p_begin; p < rows.p_end; ++p) {
       for (int r = 0; r < R; ++r) {

@@ -1,4 +1,5 @@
 // The operators for the CPU key.
+#include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/cpu/runtime.h"
 
@@ -29,6 +30,10 @@ struct CpuKernels {
   static void dsconv_bwd(const Tensor& input, const DsconvBackwardArgs& args) {
     kernels().dsconv_bwd[row(input)](args);
   }
+  static void bsconv_fwd(const Tensor& input, const BsconvForwardArgs& args) { kernels().bsconv_fwd[row(input)](args); }
+  static void bsconv_bwd(const Tensor& input, const BsconvBackwardArgs& args) {
+    kernels().bsconv_bwd[row(input)](args);
+  }
 };
 
 }  // namespace
@@ -37,6 +42,8 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
   library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
+  library.impl("bsconv_fwd", TORCH_BOX(&BsconvBindings<CpuKernels>::forward));
+  library.impl("bsconv_bwd", TORCH_BOX(&BsconvBindings<CpuKernels>::backward));
 }
 
 }  // namespace effops

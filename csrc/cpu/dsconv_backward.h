@@ -123,7 +123,7 @@ struct DsconvBackward {
           g(o.g),
           slot(s),
           rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)),
-          depthwise(arena, o.g, o.fwd.input, o.args.grad_input, o.dw_weights,
+          depthwise(arena, o.g, RowSource<T>(arena, o.fwd.input, o.g), o.args.grad_input, o.dw_weights,
                     o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr, rows, o.ldz, o.passthrough),
           dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
           pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),

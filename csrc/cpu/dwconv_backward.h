@@ -6,17 +6,18 @@ inline double depthwise_cost(const DepthwiseGeometry& g, index_t ld, index_t lan
 }
 
 // What every backward kernel with a depthwise convolution does with a tile once the gradient at the sums is there.
-template <class T>
+// Source hands out rows of its input, as RowSource does.
+template <class T, class Source = RowSource<T>>
 class DepthwiseSlot {
   using C = compute<T>;
 
  public:
-  RowSource<T> source;
+  Source source;
 
   // Tiles have at most `rows` output rows of pixels `ld` apart; the depthwise channels start at `first`.
-  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const TensorRef& input, const TensorRef& grad_input,
+  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const Source& rows_of_input, const TensorRef& grad_input,
                 const C* weights, double* weight_sums, index_t rows, index_t ld, index_t first)
-      : source(arena, input, g),
+      : source(rows_of_input),
         g_(g),
         wanted_(grad_input.data != nullptr),
         whole_rows_(GradInputRows<T>::fits(g)),
@@ -36,6 +37,10 @@ class DepthwiseSlot {
     tile_ = tiles_ + used_ * g_.Q * ld_;
     used_ += rows;
     return tile_;
+  }
+
+  void redirect(const TensorRef& grad_input) {
+    whole_rows_ ? grad_rows_.redirect(grad_input) : grad_ring_.redirect(grad_input);
   }
 
   void begin(const Band& band) {
@@ -72,8 +77,8 @@ class DepthwiseSlot {
 };
 
 // Raw sums (no bias) of output rows [p_begin, p_end) -> [rows * Q][ld].
-template <class T>
-void recompute_depthwise(RowSource<T>& source, const DepthwiseGeometry& g, const compute<T>* weights,
+template <class T, class Source>
+void recompute_depthwise(Source& source, const DepthwiseGeometry& g, const compute<T>* weights,
                          const Epilogue<compute<T>>& epilogue, bool with_epilogue, index_t n, index_t p_begin,
                          index_t p_end, compute<T>* u, index_t ld, const compute<T>* residual) {
   const DepthwiseRow<T, compute<T>, false> kernel(g, weights, epilogue, with_epilogue);
@@ -106,7 +111,7 @@ void dwconv_bwd(const DwconvBackwardArgs& args) {
   run_tasks(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
     const index_t rows = imax(1, tile_pixels(2 * ld * sizeof(C), g.Q) / g.Q);
-    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
+    DepthwiseSlot<T> work(arena, g, RowSource<T>(arena, args.input, g), args.grad_input, weights,
                           weight_sums ? weight_sums + slot * taps * ld : nullptr, rows, ld, 0);
     const EpilogueSums own_sums = slot_of(sums, slot, channels), no_sums;
     const auto tile = [&](bool want) {
@@ -173,7 +178,7 @@ void dwconv_stats_bwd(const DwconvStatsBackwardArgs& args) {
   run_tasks(plan.slots, [&](index_t slot) {
     Arena arena(Arena::kTask);
     const index_t rows = imax(1, tile_pixels(ld * sizeof(C), g.Q) / g.Q);
-    DepthwiseSlot<T> work(arena, g, args.input, args.grad_input, weights,
+    DepthwiseSlot<T> work(arena, g, RowSource<T>(arena, args.input, g), args.grad_input, weights,
                           weight_sums ? weight_sums + slot * taps * ld : nullptr, rows, ld, 0);
     const EpilogueSums own_sums = slot_of(sums, slot, channels);
     for (index_t i = plan.count * slot / plan.slots; i < plan.count * (slot + 1) / plan.slots; ++i) {

@@ -32,6 +32,14 @@ struct Epilogue {
     return activation == Activation::none && post == Activation::none && residual.data == nullptr && !affine();
   }
 
+  // The same epilogue, seen from channel c on (residual rows are the caller's to find).
+  Epilogue from(index_t c) const {
+    Epilogue part = *this;
+    if (bias) part.bias += c;
+    if (affine()) part.scale += c, part.shift += c;
+    return part;
+  }
+
   // For the channels from c on; v already holds conv + bias, r the residual.
   EFFOPS_INLINE vec<C> apply(vec<C> v, index_t c, vec<C> r) const {
     if (clamps()) {

@@ -26,9 +26,12 @@ namespace {
 #include "csrc/cpu/depthwise.h"
 #include "csrc/cpu/dwconv.h"
 #include "csrc/cpu/dsconv.h"
+#include "csrc/cpu/pointwise.h"
+#include "csrc/cpu/bsconv.h"
 #include "csrc/cpu/backward.h"
 #include "csrc/cpu/dwconv_backward.h"
 #include "csrc/cpu/dsconv_backward.h"
+#include "csrc/cpu/bsconv_backward.h"
 // clang-format on
 
 }  // namespace
@@ -52,6 +55,8 @@ const KernelTable& table() {
       {dwconv_stats_bwd<float>, dwconv_stats_bwd<bf16>, dwconv_stats_bwd<double>},
       {dsconv_fwd<float>, dsconv_fwd<bf16>, dsconv_fwd<double>},
       {dsconv_bwd<float>, dsconv_bwd<bf16>, dsconv_bwd<double>},
+      {bsconv_fwd<float>, bsconv_fwd<bf16>, bsconv_fwd<double>},
+      {bsconv_bwd<float>, bsconv_bwd<bf16>, bsconv_bwd<double>},
   };
 #endif
   return result;

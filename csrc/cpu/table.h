@@ -23,6 +23,8 @@ struct KernelTable {
   void (*dwconv_stats_bwd[kNumDTypes])(const DwconvStatsBackwardArgs&);
   void (*dsconv_fwd[kNumDTypes])(const DsconvForwardArgs&);
   void (*dsconv_bwd[kNumDTypes])(const DsconvBackwardArgs&);
+  void (*bsconv_fwd[kNumDTypes])(const BsconvForwardArgs&);
+  void (*bsconv_bwd[kNumDTypes])(const BsconvBackwardArgs&);
 };
 
 }  // namespace effops

@@ -8,11 +8,14 @@ What cannot be fused runs as the ordinary sub-modules do; `fusion_reasons()` and
 """
 
 from effops.modules._keys import ds_conv_key_map
+from effops.modules.bsconv import BSConvS, BSConvU, orthonormal_loss
 from effops.modules.dsconv import FusedDSConv
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
 from effops.modules.vgnet import DownsamplingBlock, HalfIdentityBlock
 
 __all__ = [
+    "BSConvS",
+    "BSConvU",
     "BlurPool2d",
     "DepthwiseConv2d",
     "DownsamplingBlock",
@@ -21,4 +24,5 @@ __all__ = [
     "HalfIdentityBlock",
     "SharedDepthwiseConv2d",
     "ds_conv_key_map",
+    "orthonormal_loss",
 ]

@@ -160,7 +160,7 @@ def _reference(geometry, slope):
     return run
 
 
-_BITS = tuple(1 << bit for bit in range(12))  # of the masks: no operator takes more tensors
+_BITS = tuple(1 << bit for bit in range(32))  # of the masks: no operator takes more tensors
 
 
 def kernel_gradients(

@@ -1,0 +1,99 @@
+// A pointwise convolution on tiles of pixels: what the rooms share that have one in front of their depthwise convolution.
+// Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
+
+// Rows of A may be a whole number of registers long and padded, or lie in a tensor: only their channels are read.
+template <class T>
+struct PointwiseProduct {
+  using C = compute<T>;
+  const PointwiseRef& ref;
+  const Panels panels;
+  const Epilogue<C> epilogue;
+  C* packed = nullptr;
+
+  PointwiseProduct(Arena& arena, const PointwiseRef& r)
+      : ref(r), panels(r.outputs, kLanes<C>), epilogue(arena, r.epilogue, r.outputs) {}
+
+  index_t inputs() const { return ref.inputs; }
+  index_t outputs() const { return ref.outputs; }
+  double cost_per_pixel() const { return static_cast<double>(ref.inputs) * panels.vectors; }
+  index_t packed_size(index_t panel) const { return ref.inputs * panels.width(panel) * kLanes<C>; }
+  const C* panel(index_t i) const { return packed + ref.inputs * panels.first_column(i); }
+
+  void pack(index_t i, C* destination) const {
+    pack_panel(static_cast<const T*>(ref.weight), ref.stride_c, ref.stride_k, ref.inputs, ref.outputs, panels, i,
+               destination);
+  }
+
+  // All panels, by all threads.
+  void pack_all(Arena& arena) {
+    if (outputs() == 0) return;
+    constexpr double kPackCost = 6;  // of a register, in FMAs
+    packed = static_cast<C*>(arena.allocate(ref.inputs * panels.vectors * kLanes<C> * sizeof(C)));
+    const index_t packers = slots_for(kPackCost * cost_per_pixel(), panels.count);
+    run_tasks(packers, [&](index_t s) {
+      for (index_t i = panels.count * s / packers; i < panels.count * (s + 1) / packers; ++i) {
+        pack(i, packed + ref.inputs * panels.first_column(i));
+      }
+    });
+  }
+
+  // One panel's output channels of `pixels` rows of A, whole registers: y[pixel * ld + channel of the panel].
+  void run(index_t i, const C* weights, index_t pixels, const PixelRows<const C>& a, C* y, index_t ld,
+           bool with_epilogue) const {
+    const index_t column = panels.first_column(i), columns = panels.width(i) * kLanes<C>;
+    const RowsOfA<C> rows(a.data, a.ld, 1, ref.inputs);
+    if (!with_epilogue || (epilogue.trivial() && epilogue.bias == nullptr)) {
+      gemm_panel(panels.width(i), pixels, rows, weights, columns, StoreRaw<C>{y, ld});
+    } else if (epilogue.simple()) {
+      const C* bias = epilogue.bias ? epilogue.bias + column : nullptr;
+      if (epilogue.affine()) {
+        const StoreClamped<C, true> out{
+            y, ld, columns, bias, epilogue.scale + column, epilogue.shift + column, epilogue.low, epilogue.high, false};
+        gemm_panel(panels.width(i), pixels, rows, weights, columns, out);
+      } else {
+        const StoreClamped<C, false> out{y, ld, columns, bias, nullptr, nullptr, epilogue.low, epilogue.high, false};
+        gemm_panel(panels.width(i), pixels, rows, weights, columns, out);
+      }
+    } else {
+      gemm_panel(panels.width(i), pixels, rows, weights, columns, StoreRaw<C>{y, ld});
+      apply_epilogue_rows(epilogue.from(column), pixels, columns, y, ld, static_cast<const C*>(nullptr), 0);
+    }
+  }
+
+  // All panels: y[pixel * ld + channel].
+  void run_all(index_t pixels, const PixelRows<const C>& a, C* y, index_t ld, bool with_epilogue) const {
+    for (index_t i = 0; i < panels.count; ++i) {
+      run(i, panel(i), pixels, a, y + panels.first_column(i), ld, with_epilogue);
+    }
+  }
+};
+
+// The input's pixels in the order of the map itself, for what comes before a depthwise convolution.
+inline DepthwiseGeometry input_map(const DepthwiseGeometry& g) {
+  DepthwiseGeometry map = g;
+  map.P = g.H, map.Q = g.W;
+  return map;
+}
+
+// Rows of a map that are made one after the other and wanted by windows that move over them: a ring of whole rows,
+// [capacity][W][ld], whose first slot is that of row `first`.
+template <class C>
+class RingOfRows {
+ public:
+  RingOfRows(C* data, index_t capacity, index_t width, index_t ld, index_t first = 0)
+      : data_(data), capacity_(capacity), row_(width * ld), ld_(ld), first_(first) {}
+
+  // As RowSource.
+  const C* row(index_t, index_t h) const { return data_ + slot(h) * row_; }
+  index_t pixel_stride() const { return ld_; }
+  index_t next_row() const { return 0; }
+  bool direct() const { return true; }
+
+  C* place(index_t h) const { return data_ + slot(h) * row_; }
+  index_t rows_until_wrap(index_t h) const { return capacity_ - slot(h); }
+
+ private:
+  index_t slot(index_t h) const { return (h - first_) % capacity_; }
+  C* data_;
+  index_t capacity_, row_, ld_, first_;
+};
