@@ -150,4 +150,22 @@ struct BsconvBackwardArgs {
   EpilogueGrads mid_grads, pw_grads, grads;
 };
 
+// 1xS convolution, epilogue, max pool of pool_w along the width, Rx1 convolution, epilogue, max pool of pool_h along the
+// height; a pool of 1 is none. row.Q and col.P are multiples of their pools: what a pool drops is not computed.
+struct SepconvForwardArgs {
+  DepthwiseGeometry row, col;
+  index_t pool_w, pool_h;
+  TensorRef input, output;
+  const void *row_weight, *col_weight;
+  EpilogueRef row_epilogue, col_epilogue;
+};
+
+struct SepconvBackwardArgs {
+  SepconvForwardArgs forward;
+  TensorRef grad_output, grad_input;
+  void* grad_row_weight = nullptr;
+  void* grad_col_weight = nullptr;
+  EpilogueGrads row_grads, col_grads;
+};
+
 }  // namespace effops

@@ -3,6 +3,7 @@
 from effops.ops.bsconv import BSConv2dFunction
 from effops.ops.dsconv import DSConv2dFunction, DSConvNorm2dFunction
 from effops.ops.dwconv import DepthwiseConv2dFunction, DepthwiseStatsFunction
+from effops.ops.sepconv import SeparableConvPool2dFunction
 
 __all__ = [
     "BSConv2dFunction",
@@ -10,4 +11,5 @@ __all__ = [
     "DSConvNorm2dFunction",
     "DepthwiseConv2dFunction",
     "DepthwiseStatsFunction",
+    "SeparableConvPool2dFunction",
 ]

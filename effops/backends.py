@@ -39,7 +39,7 @@ class Call(NamedTuple):
         name: the public function called, for messages.
         input: [N,C,H,W].
         weight: the depthwise weight [B,1,R,S].
-        pw_weight: the pointwise weight [K,C',1,1], or None.
+        pw_weight: the second convolution's weight (dsconv: pointwise [K,C',1,1]; sepconv: column [D,1,R,1]), or None.
         geometry: the int[] of the operator (effops/schemas.inc).
         shape: the last convolution's output shape [N,K,P,Q].
     """
@@ -103,7 +103,7 @@ class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
-    operators = _Kernels.operators | {"bsconv"}
+    operators = _Kernels.operators | {"bsconv", "sepconv"}
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -343,13 +343,20 @@ class Explanation:
 
 
 # What an operator computes, in `explain`'s column "kernel".
-_CHAINS = {"dwconv": "{window}", "dwconv_stats": "{window}", "dsconv": "{window} + 1x1", "bsconv": "1x1 + {window}"}
+_CHAINS = {
+    "dwconv": "{window}",
+    "dwconv_stats": "{window}",
+    "dsconv": "{window} + 1x1",
+    "bsconv": "1x1 + {window}",
+    "sepconv": "{window} + {second}",
+}
 
 
 def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
     g, (_, _, r, s) = call.geometry, call.weight.shape
     window = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
-    kernel = _CHAINS[call.op].format(window=window)
+    second = "" if call.pw_weight is None else f"{call.pw_weight.shape[2]}x{call.pw_weight.shape[3]}"
+    kernel = _CHAINS[call.op].format(window=window, second=second)
     n, channels, p, q = call.shape
     if call.op == "dsconv":
         channels += g[14]

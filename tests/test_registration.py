@@ -43,8 +43,9 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, memory_format: Any = t
 def test_functional_schemas() -> None:
     names = [schema.partition("(")[0] for schema in _library.schemas()]
     convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_bwd"]
-    blueprint = ["bsconv_fwd", "bsconv_bwd"]
-    assert names == [*convolutions, "dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine", *blueprint]
+    norms = ["dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine"]
+    rooms = [f"{room}_{which}" for room in ("bsconv", "sepconv") for which in ("fwd", "bwd")]
+    assert names == [*convolutions, *norms, *rooms]
     for name in names:
         schema = getattr(torch.ops.effops, name).default._schema
         assert not schema.is_mutable
@@ -464,8 +465,14 @@ def test_flops_are_two_a_multiply_accumulate(backend: str) -> None:
 
 
 def test_functions_are_documented_public_api() -> None:
-    functions = ["DSConv2dFunction", "DSConvNorm2dFunction", "DepthwiseConv2dFunction", "DepthwiseStatsFunction"]
-    assert functions == effops.autograd.__all__
+    assert effops.autograd.__all__ == [
+        "BSConv2dFunction",
+        "DSConv2dFunction",
+        "DSConvNorm2dFunction",
+        "DepthwiseConv2dFunction",
+        "DepthwiseStatsFunction",
+        "SeparableConvPool2dFunction",
+    ]
     for name in effops.autograd.__all__:
         function = getattr(effops.autograd, name)
         assert issubclass(function, torch.autograd.Function)

@@ -1,6 +1,5 @@
 #include "csrc/bindings/binding.h"
 
-#include <array>
 #include <limits>
 #include <utility>
 
@@ -89,6 +88,13 @@ StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& 
                          const char* op) {
   check_map(input, input, "input");
   check_map(weight, input, "weight");
+  const auto sizes = input.sizes();
+  return read_geometry(std::array<index_t, 4>{sizes[0], sizes[1], sizes[2], sizes[3]}, weight, geometry, expected_size,
+                       op);
+}
+
+StaticArgs read_geometry(const std::array<index_t, 4>& x, const Tensor& weight, const Ints& geometry,
+                         std::size_t expected_size, const char* op) {
   STD_TORCH_CHECK(geometry.size() == expected_size, "effops::", op, ": geometry must hold ", expected_size,
                   " integers, got ", geometry.size());
   for (std::size_t i = 0; i < geometry.size(); ++i) {
@@ -96,7 +102,6 @@ StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& 
     STD_TORCH_CHECK(geometry[i] >= (positive ? 1 : 0) && geometry[i] <= kLimit, "effops::", op, ": geometry[", i,
                     "] = ", geometry[i], " is out of range");
   }
-  const auto x = input.sizes();
   const auto w = weight.sizes();
   STD_TORCH_CHECK(x[1] >= 1 && x[2] >= 1 && x[3] >= 1, "effops::", op,
                   ": input must not be empty except along the batch");

@@ -9,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -46,6 +47,9 @@ struct StaticArgs {
 };
 StaticArgs read_geometry(const Tensor& input, const Tensor& weight, const Ints& geometry, std::size_t expected_size,
                          const char* op);
+// The same for an input that exists as sizes alone: what a convolution before this one would give.
+StaticArgs read_geometry(const std::array<index_t, 4>& input, const Tensor& weight, const Ints& geometry,
+                         std::size_t expected_size, const char* op);
 Activation read_activation(std::int64_t code);
 
 // The per-channel vector or residual of an epilogue, checked; absent where the optional is empty.

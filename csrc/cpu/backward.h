@@ -256,7 +256,7 @@ class GradDepthwiseWeight {
   bool wanted() const { return sums_ != nullptr; }
 
   // grad: [rows * Q][grad_ld], the gradients at the sums of output rows [p_begin, p_end).
-  template <class Source>
+  template <class Source>  // RowSource<T>, or what has its row, pixel_stride and direct
   void add(Source& source, index_t n, index_t p_begin, index_t p_end, const C* grad, index_t grad_ld) const {
     const index_t group = source.direct() ? imax(1, kSets * kChain / g_.Q) : 1;
     for (index_t p = p_begin; p < p_end; p += group) {

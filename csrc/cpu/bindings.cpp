@@ -1,6 +1,7 @@
 // The operators for the CPU key.
 #include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/operators.h"
+#include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
 
 namespace effops {
@@ -34,6 +35,12 @@ struct CpuKernels {
   static void bsconv_bwd(const Tensor& input, const BsconvBackwardArgs& args) {
     kernels().bsconv_bwd[row(input)](args);
   }
+  static void sepconv_fwd(const Tensor& input, const SepconvForwardArgs& args) {
+    kernels().sepconv_fwd[row(input)](args);
+  }
+  static void sepconv_bwd(const Tensor& input, const SepconvBackwardArgs& args) {
+    kernels().sepconv_bwd[row(input)](args);
+  }
 };
 
 }  // namespace
@@ -44,6 +51,8 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
   library.impl("bsconv_fwd", TORCH_BOX(&BsconvBindings<CpuKernels>::forward));
   library.impl("bsconv_bwd", TORCH_BOX(&BsconvBindings<CpuKernels>::backward));
+  library.impl("sepconv_fwd", TORCH_BOX(&SepconvBindings<CpuKernels>::forward));
+  library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
 }
 
 }  // namespace effops

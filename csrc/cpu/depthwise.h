@@ -51,14 +51,15 @@ compute<T>* pack_depthwise_weights(Arena& arena, const DepthwiseGeometry& g, con
 template <class T>
 class RowSource {
  public:
-  RowSource(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g)
+  // spare_rows: how many rows beyond a window's the ring holds, for callers that come back to them.
+  RowSource(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g, index_t spare_rows = 0)
       : tensor_(tensor), g_(g), direct_(tensor.c == 1 && g.multiplier == 1) {
     if (direct_) {
       pixel_stride_ = tensor.w;
       return;
     }
     pixel_stride_ = round_up(g.out_channels(), kLanes<compute<T>>);
-    capacity_ = (g.R - 1) * g.dilation_h + 1;
+    capacity_ = (g.R - 1) * g.dilation_h + 1 + spare_rows;
     ring_ = static_cast<T*>(arena.allocate(capacity_ * g.W * pixel_stride_ * sizeof(T)));
     held_ = static_cast<index_t*>(arena.allocate(capacity_ * sizeof(index_t)));
     for (index_t i = 0; i < capacity_; ++i) held_[i] = -1;

@@ -32,6 +32,8 @@ namespace {
 #include "csrc/cpu/dwconv_backward.h"
 #include "csrc/cpu/dsconv_backward.h"
 #include "csrc/cpu/bsconv_backward.h"
+#include "csrc/cpu/sepconv.h"
+#include "csrc/cpu/sepconv_backward.h"
 // clang-format on
 
 }  // namespace
@@ -57,6 +59,8 @@ const KernelTable& table() {
       {dsconv_bwd<float>, dsconv_bwd<bf16>, dsconv_bwd<double>},
       {bsconv_fwd<float>, bsconv_fwd<bf16>, bsconv_fwd<double>},
       {bsconv_bwd<float>, bsconv_bwd<bf16>, bsconv_bwd<double>},
+      {sepconv_fwd<float>, sepconv_fwd<bf16>, sepconv_fwd<double>},
+      {sepconv_bwd<float>, sepconv_bwd<bf16>, sepconv_bwd<double>},
   };
 #endif
   return result;

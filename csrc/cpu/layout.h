@@ -13,6 +13,12 @@ EFFOPS_INLINE V zip_high(V a, V b, std::index_sequence<I...>) {
   return __builtin_shuffle(a, b, M{(I % 2 == 0 ? (n + int(I)) / 2 : n + (n + int(I)) / 2)...});
 }
 
+// The elements First, First + 2, ... of two registers, one after the other.
+template <class V, class M, int First, std::size_t... I>
+EFFOPS_INLINE V every_second(V a, V b, std::index_sequence<I...>) {
+  return __builtin_shuffle(a, b, M{(2 * int(I) + First)...});
+}
+
 #if EFFOPS_VECTOR_BYTES == 64
 // 16x16 floats: two steps inside the 128-bit lanes, two of whole lanes. Unlike the general form below none needs an
 // index register, which halves the time; packing a weight for a 7x7 map was 20 % of the layer.
@@ -106,6 +112,38 @@ EFFOPS_INLINE void copy_rows(const S* src, index_t src_ld, index_t rows, index_t
   }
 }
 
+// [c0 c1 ...] at pixel[channels] -> [c0 c0 c1 c1 ...] at pixel[0]. In place: what a register becomes never reaches the
+// next one to be read.
+template <class D>
+void double_channels(D* pixel, index_t channels) {
+  using C = compute<D>;
+  using Index = std::make_index_sequence<kLanes<C>>;
+  const D* source = pixel + channels;
+  for (index_t c = 0; c < channels; c += kLanes<C>) {
+    const index_t written = 2 * imin(kLanes<C>, channels - c);
+    const vec<C> v = load_partial(source + c, written / 2);
+    D* to = pixel + 2 * c;
+    store_partial(to, zip_low<vec<C>, vmask<C>>(v, v, Index{}), imin(kLanes<C>, written));
+    if (written > kLanes<C>)
+      store_partial(to + kLanes<C>, zip_high<vec<C>, vmask<C>>(v, v, Index{}), written - kLanes<C>);
+  }
+}
+
+// [a0 a1 b0 b1 ...] -> [a0 + a1, b0 + b1, ...], `channels` of them: the gradient of the above.
+template <class T, class S>
+void add_pairs(const S* source, index_t channels, T* destination) {
+  using C = compute<S>;
+  using Index = std::make_index_sequence<kLanes<C>>;
+  constexpr index_t L = kLanes<C>;
+  index_t c = 0;
+  for (; c + L <= channels; c += L) {
+    const vec<C> a = load(source + 2 * c), b = load(source + 2 * c + L);
+    store(destination + c,
+          every_second<vec<C>, vmask<C>, 0>(a, b, Index{}) + every_second<vec<C>, vmask<C>, 1>(a, b, Index{}));
+  }
+  for (; c < channels; ++c) destination[c] = from_compute<T>(to_compute(source[2 * c]) + to_compute(source[2 * c + 1]));
+}
+
 // One segment of pixels at a constant distance -> dst[pixel * ld + channel]. Each channel is written `repeat` times in
 // a row (depth multiplier).
 template <class D, class T>
@@ -115,6 +153,9 @@ void gather_segment(const T* src, index_t pixel_stride, index_t channel_stride, 
     copy_rows(src, pixel_stride, pixels, channels, dst, ld);
   } else if (repeat == 1 && pixel_stride == 1) {
     transpose_block(src, channel_stride, channels, pixels, dst, ld);
+  } else if (repeat == 2 && (channel_stride == 1 || pixel_stride == 1)) {
+    gather_segment(src, pixel_stride, channel_stride, pixels, channels, 1, dst + channels, ld);
+    for (index_t i = 0; i < pixels; ++i) double_channels(dst + i * ld, channels);
   } else {
     for (index_t i = 0; i < pixels; ++i) {
       for (index_t c = 0; c < channels; ++c) {
@@ -134,6 +175,8 @@ void scatter_segment(const C* src, index_t ld, index_t pixels, index_t channels,
     copy_rows(src, ld, pixels, channels, dst, pixel_stride);
   } else if (repeat == 1 && pixel_stride == 1) {
     transpose_block(src, ld, pixels, channels, dst, channel_stride);
+  } else if (repeat == 2 && channel_stride == 1) {
+    for (index_t i = 0; i < pixels; ++i) add_pairs(src + i * ld, channels, dst + i * pixel_stride);
   } else {
     for (index_t i = 0; i < pixels; ++i) {
       for (index_t c = 0; c < channels; ++c) {

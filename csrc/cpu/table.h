@@ -25,6 +25,8 @@ struct KernelTable {
   void (*dsconv_bwd[kNumDTypes])(const DsconvBackwardArgs&);
   void (*bsconv_fwd[kNumDTypes])(const BsconvForwardArgs&);
   void (*bsconv_bwd[kNumDTypes])(const BsconvBackwardArgs&);
+  void (*sepconv_fwd[kNumDTypes])(const SepconvForwardArgs&);
+  void (*sepconv_bwd[kNumDTypes])(const SepconvBackwardArgs&);
 };
 
 }  // namespace effops

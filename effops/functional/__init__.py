@@ -26,6 +26,7 @@ from effops.functional.dwconv import (
     fixed_filter_conv2d,
     shared_depthwise_conv2d,
 )
+from effops.functional.sepconv import separable_conv_pool2d
 from effops.ops.epilogue import BatchNorm
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "ds_conv2d",
     "fixed_filter_conv2d",
     "half_identity2d",
+    "separable_conv_pool2d",
     "shared_depthwise_conv2d",
 ]
