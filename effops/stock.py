@@ -22,9 +22,11 @@ __all__ = [
     "BlurPool2d",
     "DepthwiseConv2d",
     "DownsamplingBlock",
+    "EffNetBlock",
     "FixedFilterConv2d",
     "FusedDSConv",
     "HalfIdentityBlock",
+    "SeparableConvPool2d",
     "SharedDepthwiseConv2d",
     "ds_conv_key_map",
 ]
@@ -135,3 +137,25 @@ class DownsamplingBlock(modules.DownsamplingBlock):
         y = self.dw(input)
         new = self.norm(self.act(self.pw(y)))
         return torch.cat([y[:, y.shape[1] - self.keep :], new], 1).chunk(2, 1)
+
+
+class SeparableConvPool2d(modules.SeparableConvPool2d):
+    """`effops.SeparableConvPool2d` as its sub-modules and `F.max_pool2d` compute it one by one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        z = self.row_act(self.row_norm(self.row(input)))
+        if self.pool in ("row", "both"):
+            z = F.max_pool2d(z, (1, 2))
+        y = self.act(self.norm(self.col(z)))
+        return F.max_pool2d(y, (2, 1)) if self.pool == "both" else y
+
+
+class EffNetBlock(modules.EffNetBlock):
+    """`effops.EffNetBlock` as its sub-modules compute it one by one."""
+
+    _separable = SeparableConvPool2d
+
+    def forward(self, input: Tensor) -> Tensor:
+        e = self.expand_act(self.expand_norm(self.expand(input)))
+        y = self.norm(self.project(self.dw(e)))
+        return self.act(y + self.shortcut(F.max_pool2d(input, 2)) if self.residual else y)

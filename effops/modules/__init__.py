@@ -11,6 +11,7 @@ from effops.modules._keys import ds_conv_key_map
 from effops.modules.bsconv import BSConvS, BSConvU, orthonormal_loss
 from effops.modules.dsconv import FusedDSConv
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
+from effops.modules.effnet import EffNetBlock, SeparableConvPool2d
 from effops.modules.vgnet import DownsamplingBlock, HalfIdentityBlock
 
 __all__ = [
@@ -19,9 +20,11 @@ __all__ = [
     "BlurPool2d",
     "DepthwiseConv2d",
     "DownsamplingBlock",
+    "EffNetBlock",
     "FixedFilterConv2d",
     "FusedDSConv",
     "HalfIdentityBlock",
+    "SeparableConvPool2d",
     "SharedDepthwiseConv2d",
     "ds_conv_key_map",
     "orthonormal_loss",
