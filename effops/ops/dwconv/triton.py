@@ -183,8 +183,8 @@ def _input_gradient_kernel(
 
 @triton.constexpr_function
 def _group_of(window, rows, columns):
-    """The window's group of taps that begins at its origin, as a window."""
-    return (rows, columns, *window[2:])
+    """The first fields of a window, of the group of its taps that begins at its origin."""
+    return (rows, columns, *window[2:8])  # not TAPS: Triton 3.9 passes no tuple on that has a None in it
 
 
 @triton.jit
@@ -261,6 +261,7 @@ def _weight_gradient_kernel(
     taps: tl.constexpr = WINDOW.R * WINDOW.S
     rounds: tl.constexpr = tl.cdiv(tl.cdiv(WINDOW.R, GROUP_R) * tl.cdiv(WINDOW.S, GROUP_S), PARTS)
     split: tl.constexpr = taps > GROUP_R * GROUP_S
+    group: tl.constexpr = _group_of(WINDOW, GROUP_R, GROUP_S)
     cells_at_once: tl.constexpr = BLOCK_M // PARTS
     channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
     o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
@@ -281,7 +282,7 @@ def _weight_gradient_kernel(
         n, p, q = cells_of(m, sizes, ROWS, 1)
         sums = _add_products(
             sums, grad, x, n, p, q, m < cells, row, column, o, live, sizes,
-            WINDOW, _group_of(WINDOW, GROUP_R, GROUP_S), ROWS, VEC,
+            WINDOW, group, ROWS, VEC,
         )  # fmt: skip
     lines = partial + block.to(tl.int64) * taps * sizes.D
     if split:
