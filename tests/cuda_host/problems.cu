@@ -53,6 +53,8 @@ struct Maps {
 };
 constexpr Maps kLarge[] = {{8, 64, 56}, {1, 512, 7}, {8, 33, 28}, {128, 28, 14}, {1, 8, 112}, {0, 64, 56}};
 constexpr Maps kSmall[] = {{2, 16, 9}, {3, 33, 5}, {1, 8, 14}};
+// In float32 at stride 2: dsconv's blocks have one patch, which two blocks of channels fill in turn.
+constexpr Maps kOnePatch = {1, 40, 17};
 
 // ---- what a call reads and writes ----
 
@@ -319,6 +321,9 @@ void visit_all(const Maps (&sizes)[kCount], Visit visit) {
         problem.g.named_bank = bank.code;
         visit("dwconv_fwd " + problem.name() + " " + bank.name,
               [&](Memory& memory, const Device& device) { problem.forward(memory, device); });
+      }
+      if (type.dtype == DType::f32 && &maps == sizes) {
+        visit_calls(Problem{type, geometry(kOnePatch, {3, 2, 1}, 1), true, Epilogue::full}, visit);
       }
       for (const Window& window : kWindows) {
         for (int way = 0; way < 12; ++way) {
