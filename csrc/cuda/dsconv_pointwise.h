@@ -117,7 +117,7 @@ class PointwiseSums {
   EFFOPS_DEVICE void run(const Kept<T>* kept, Product& product) {
     const int passed_blocks = layer_.passed_blocks(), blocks = layer_.blocks();
     T* z = shared_at<T>(at_.z);
-    clear_empty_slots(layer_.box, z, kPitch<T>, kBlockC<T>);
+    if (passed_blocks == 0) clear_empty_slots(layer_.box, z, kPitch<T>, kBlockC<T>);  // passed ones do it
     product.clear();
     copy_operands(0);
     copy_rows(0);
