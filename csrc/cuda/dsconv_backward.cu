@@ -6,11 +6,11 @@
 //   sums over pixels   of bias, scale, shift and the matrix                 sum.h
 //   input's, taps'     those of room dwconv, on the gradient at the depthwise sums (dwconv.h)
 //
-// Kernels whose results nobody asked for do not run; without activation and scale du is the gradient that came in. Bytes
-// and rooflines: at the kernels.
+// Kernels whose results nobody asked for do not run; without activation and scale du is the gradient that came in.
+// Bytes and rooflines: at the kernels.
 //
-//   scratch    du | gradient at the depthwise sums | lines of the pointwise vectors, the depthwise vectors, the matrix |
-//              what the taps' gradient wants
+//   scratch    du | gradient at the depthwise sums | lines of the pointwise vectors, of the depthwise ones, of the
+//              matrix | what the taps' gradient wants
 #include "csrc/cuda/dsconv_gradients.h"
 #include "csrc/cuda/dwconv.h"
 #include "csrc/cuda/sum.h"

@@ -1,5 +1,5 @@
-// The epilogue of a tile of sums backwards, and the sums over its pixels that the gradients of bias, scale and shift are
-// made of: a line of partial results a tile, added by sum.h.
+// The epilogue of a tile of sums backwards, and the sums over its pixels that the gradients of bias, scale and shift
+// are made of: a line of partial results a tile, added by sum.h.
 #pragma once
 
 #include "csrc/cuda/dsconv_pointwise.h"

@@ -1,14 +1,14 @@
 // Room dsconv, forward: depthwise -> epilogue -> pointwise -> epilogue in one kernel; z never leaves the chip.
 // Unverified on a device: what is said of speed is calculated, nothing measured.
 //
-//   a block    a box of 64 output pixels (dsconv_tile.h) x up to 128 output channels; blocks of output channels of the same
-//              pixels run side by side, each computes z anew
+//   a block    a box of 64 output pixels (dsconv_tile.h) x up to 128 output channels; blocks of output channels of the
+//              same pixels run side by side, each computes z anew
 //   its sums   as in dsconv_pointwise.h -> tile in shared memory -> epilogue, 8 or 16 bytes a thread -> y; z's kept
 //              channels are stored beside y by the first block
 //
-// A block loads x under its windows and the passed channels of its pixels once, and stores y once. Bytes a pixel of 16-bit
-// maps: 2 (C + passed + K + keep) from memory; the halo (100 / 64 of x at 3x3), the matrix and x for further blocks of
-// output channels from L2.
+// A block loads x under its windows and the passed channels of its pixels once, and stores y once. Bytes a pixel of
+// 16-bit maps: 2 (C + passed + K + keep) from memory; the halo (100 / 64 of x at 3x3), the matrix and x for further
+// blocks of output channels from L2.
 //
 // Calculated for float16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 132 processors at 1.75 GHz):
 //   128 -> 128 channels   512 bytes a pixel: 206 MB, 48 us; products 13 GFLOP, 17 us. Counted by hand, 27 instructions

@@ -30,8 +30,8 @@ OutputGradientPlan plan_output_gradient(DType dtype, const DsconvForwardArgs& ar
 void dsconv_output_gradient(DType dtype, const OutputGradientPlan& plan, const DsconvBackwardArgs& args,
                             const TensorRef& du, void* partial, Stream stream);
 
-// dsconv_z_gradient.cu: the passed channels' gradient, the gradient at the depthwise sums (data == nullptr: not wanted),
-// the depthwise residual's, and to `partial` [lines][bias, scale, shift][D].
+// dsconv_z_gradient.cu: the passed channels' gradient, the gradient at the depthwise sums (data == nullptr: not
+// wanted), the depthwise residual's, and to `partial` [lines][bias, scale, shift][D].
 struct ZGradientPlan {
   Box box;
   index_t lines;

@@ -1,7 +1,7 @@
 // Room dsconv, backward: the gradient of the pointwise matrix. Unverified on a device.
 //
-//   a block    128 output channels x 64 channels of z (64 x 32 of float, 64 x 16 of double), over a range of boxes of 64
-//              pixels (dsconv_tile.h); ranges are as few as give every processor two blocks
+//   a block    128 output channels x 64 channels of z (64 x 32 of float, 64 x 16 of double), over a range of boxes of
+//              64 pixels (dsconv_tile.h); ranges are as few as give every processor two blocks
 //
 //        two stages in shared memory, the next box copied by cp.async while one is used
 //        +-------------------+--------------------------+
@@ -11,9 +11,9 @@
 //                  v                      v
 //        sums [M][N] += du^T * z [64][N], in registers (gemm.h) -> partial results [range][K][channels], added by sum.h
 //
-// A block loads du of its pixels and output channels once a range, x under its windows once a box. Bytes a pixel of 16-bit
-// maps: 2 (K + C + passed) from memory; du for further blocks of channels of z, x for further 128 output channels and the
-// halo from L2; 4 K (passed + C) bytes of partial results a range.
+// A block loads du of its pixels and output channels once a range, x under its windows once a box. Bytes a pixel of
+// 16-bit maps: 2 (K + C + passed) from memory; du for further blocks of channels of z, x for further 128 output
+// channels and the halo from L2; 4 K (passed + C) bytes of partial results a range.
 //
 // Calculated for float16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 132 processors), nothing measured:
 //   128 -> 128 channels   512 bytes a pixel: 206 MB, 48 us, and 132 ranges' sums, 9 MB written and read, 4 us; some 50

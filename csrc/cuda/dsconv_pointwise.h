@@ -2,17 +2,17 @@
 // the pointwise sums of a box, computed from x.
 //
 //      +--------------------+------------------+------------------+
-//      | patch of x         | taps             | matrix [N][32]   |  shared memory, two of each: the next block of 32
-//      +------+-------------+----+-------------+---------+--------+  channels (16 of double) is copied by cp.async while
-//             |     windows      |                       |           one is used. One patch where two would leave room
-//             v                  v                       |           for one block a processor only (pointwise_tile)
+//      | patch of x         | taps             | matrix [N][32]   |  shared memory, two of each: the next block of
+//      +------+-------------+----+-------------+---------+--------+  32 channels (16 of double) is copied by cp.async
+//             |     windows      |                       |           while one is used. One patch where two would
+//             v                  v                       |           leave room for one block (pointwise_tile)
 //      z [64 pixels][32 channels], 16 bits               |  4 pixels x 2 channels a thread, sums in registers, rounded
 //             |  ldmatrix                                |  to the maps' type, as z in memory would be
 //             v                                          v  ldmatrix
 //      sums [64][N] in registers, 8 warps (gemm.h) -> a tile in shared memory, in the place of all that
 //
-// Passed channels are z already. Where a patch does not fit (large dilations) windows are read from memory; channels that
-// lie apart (NCHW, sliced maps, multipliers) are copied element by element. The rest is the same.
+// Passed channels are z already. Where a patch does not fit (large dilations) windows are read from memory; channels
+// that lie apart (NCHW, sliced maps, multipliers) are copied element by element. The rest is the same.
 #pragma once
 
 #include <algorithm>
@@ -266,9 +266,9 @@ int carve_pointwise(const PointwiseTile& tile, const Sizes& g, PointwiseAt& at) 
 //
 // The box is the same in each case, and with it the traffic an output. What one patch costs is that its copy has the
 // product's time alone; what one block a processor costs is that nobody computes while it waits: float32, 3x3 at stride
-// 2, 128 -> 128 channels, 285 pixels a patch. A block of 32 channels copies 36 KB, 2000 cycles of an H200's memory (18.6
-// bytes a cycle and processor), and computes some 430 for z and 2050 for the product, which the copy fits. A tile of
-// four such blocks waits 2700 for its first patch and 1800 for its stores:
+// 2, 128 -> 128 channels, 285 pixels a patch. A block of 32 channels copies 36 KB, 2000 cycles of an H200's memory
+// (18.6 bytes a cycle and processor), and computes some 430 for z and 2050 for the product, which the copy fits. A tile
+// of four such blocks waits 2700 for its first patch and 1800 for its stores:
 //   one block, two patches    134 KB   4 x 2480 + 4500 = 14400 cycles a tile
 //   two blocks, one patch      92 KB   9900 cycles of instructions, 9800 of memory; waits are filled by the other block
 // At stride 1 two blocks with two patches fit anyway. TF32 only makes the waits a larger share.

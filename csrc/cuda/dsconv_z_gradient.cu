@@ -9,18 +9,19 @@
 //        +-----------+-------------+-----------+------------+
 //                    v                         v
 //        dz = du * matrix, [64][64] in registers (gemm.h) -> tile
-//        patch of x, windows (dsconv_tile.h)              -> tile of the depthwise sums, where their epilogue needs them
+//        patch of x, windows (dsconv_tile.h)              -> tile of the depthwise sums, if their epilogue needs them
 //                    |  the stages' place, 8 or 16 bytes a thread; + the kept copy's gradient
 //                    v
 //        depthwise epilogue backwards -> gradient at the depthwise sums, residual's; its sums over pixels -> a line of
 //        partial results. A block of passed channels ends with dz.
 //
-// A block loads du of its pixels and x under the windows of its channels once, and stores its gradient once. Bytes a pixel
-// of 16-bit maps: 2 (K + 2 C + passed) from memory; du for further blocks of channels, the halo and the matrix from L2.
+// A block loads du of its pixels and x under the windows of its channels once, and stores its gradient once. Bytes a
+// pixel of 16-bit maps: 2 (K + 2 C + passed) from memory; du for further blocks of channels, the halo and the matrix
+// from L2.
 //
 // Calculated for float16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 132 processors), nothing measured:
-//   128 -> 128 channels   768 bytes a pixel: 308 MB, 72 us; products 13 GFLOP, 17 us. Some 60 instructions an element of
-//                         z (the forward's window, copies and product, and an epilogue's gradient) issue for 104 us.
+//   128 -> 128 channels   768 bytes a pixel: 308 MB, 72 us; products 13 GFLOP, 17 us. Some 60 instructions an element
+//                         of z (the forward's window, copies and product, and an epilogue's gradient) issue for 104 us.
 //   28 + 28 -> 28         224 bytes a pixel: 90 MB, 21 us; 28 of 64 channels of a tile are there, and some 90
 //                         instructions for each of 22 million elements take 67 us.
 #include "csrc/cuda/dsconv_epilogue.h"
