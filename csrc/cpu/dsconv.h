@@ -353,6 +353,8 @@ struct DsconvForward {
             Affine ? pw_epilogue.shift + c : nullptr,
             pw_epilogue.low,
             pw_epilogue.high,
+            pw_epilogue.post_low,
+            pw_epilogue.post_high,
             stream};
   }
 

@@ -7,7 +7,8 @@ struct Epilogue {
   TensorRef residual;
   Activation activation, post;
   C slope;
-  C low, high;  // the activation as a clamp, where it is one
+  C low, high;            // the activation as a clamp, where it is one
+  C post_low, post_high;  // the same of the post-activation
 
   Epilogue(Arena& arena, const EpilogueRef& ref, index_t channels)
       : bias(channel_vector<C>(arena, ref.bias, channels)),
@@ -17,17 +18,22 @@ struct Epilogue {
         activation(ref.activation),
         post(ref.post),
         slope(static_cast<C>(ref.slope)),
-        low(clamps() && activation != Activation::none ? C(0) : -static_cast<C>(__builtin_inff())),
-        high(activation == Activation::relu6 ? C(6) : static_cast<C>(__builtin_inff())) {
+        low(lowest(activation)),
+        high(highest(activation)),
+        post_low(lowest(post)),
+        post_high(highest(post)) {
     if ((scale == nullptr) != (shift == nullptr)) complete_affine(arena, channels);
   }
 
-  bool clamps() const {
-    return activation == Activation::none || activation == Activation::relu || activation == Activation::relu6;
+  static bool is_clamp(Activation a) {
+    return a == Activation::none || a == Activation::relu || a == Activation::relu6;
   }
+  bool clamps() const { return is_clamp(activation); }
   bool affine() const { return scale != nullptr; }
-  // What registers can do on the way out, without a second pass.
-  bool simple() const { return clamps() && post == Activation::none && residual.data == nullptr; }
+  // What registers can do on the way out, without a second pass: clamp, then an affine map and its clamp, if there is one.
+  bool simple() const {
+    return clamps() && residual.data == nullptr && (post == Activation::none || (affine() && is_clamp(post)));
+  }
   bool trivial() const {
     return activation == Activation::none && post == Activation::none && residual.data == nullptr && !affine();
   }
@@ -54,6 +60,11 @@ struct Epilogue {
   }
 
  private:
+  static C lowest(Activation a) {
+    return is_clamp(a) && a != Activation::none ? C(0) : -static_cast<C>(__builtin_inff());
+  }
+  static C highest(Activation a) { return a == Activation::relu6 ? C(6) : static_cast<C>(__builtin_inff()); }
+
   // Kernels know both or neither of scale and shift.
   void complete_affine(Arena& arena, index_t channels) {
     const index_t padded = round_up(channels, kLanes<C>);

@@ -123,7 +123,8 @@ struct StoreClamped {
   index_t columns;
   const C *bias, *scale, *shift;  // padded; bias may be null
   C low, high;
-  bool stream;  // past the caches
+  C post_low, post_high;  // behind scale and shift, where there are any
+  bool stream;            // past the caches
   template <int V>
   EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
     for (int v = 0; v < V; ++v) acc[v] = bias ? load(bias + v * kLanes<C>) : vec<C>{};
@@ -139,7 +140,7 @@ struct StoreClamped {
 #pragma GCC unroll 16
       for (int r = 0; r < R; ++r) {
         acc[r][v] = at_most<C>(at_least<C>(acc[r][v], lowest), highest);
-        if constexpr (Affine) acc[r][v] = acc[r][v] * a + b;
+        if constexpr (Affine) acc[r][v] = at_most<C>(at_least<C>(acc[r][v] * a + b, splat(post_low)), splat(post_high));
       }
     }
 #pragma GCC unroll 16
