@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from benchmarks import gate, machine, problems, shapes, timing
+from benchmarks import gate, layers, machine, problems, shapes, timing
 from benchmarks.gpu import clocks, contestants, tasks
 from benchmarks.gpu import timing as gpu_timing
 
@@ -86,12 +86,17 @@ def timed(benchmark, request: pytest.FixtureRequest) -> Callable[[Callable[[], o
     return run
 
 
+def _layer(case: shapes.LayerCase, batch: int, dtype: str) -> layers.LayerProblem:
+    return layers.LayerProblem(case, batch, getattr(torch, dtype))
+
+
 @pytest.fixture
 def timed_case(timed) -> Callable[..., None]:
     """Builds the problem of a case, checks the contestant's result, then times it."""
 
     def run(case, batch: int, threads: int, side: str, dtype: str = "float32") -> None:
-        problem = problems.build(case, batch, dtype)
+        build = _layer if isinstance(case, shapes.LayerCase) else problems.build
+        problem = build(case, batch, dtype)
         peer, variant = side.split("/")
         with torch.no_grad():
             if peer == "effops":

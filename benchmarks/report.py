@@ -33,6 +33,8 @@ COMMAND = "python benchmarks/report.py"
 DSCONV_GOAL = 1.5
 BF16_GOAL = 1.6
 TRAINING_GOAL = 1.5
+SEPCONV_GOAL = 2.5
+BLUR_GOAL = 2.0
 SAVED_GOAL = 0.40
 POINTWISE_GOAL = 0.75
 OVERHEAD_GOALS_US = {"overhead_forward_us": 10.0, "overhead_forward_backward_us": 75.0}
@@ -336,6 +338,10 @@ def _dwconv_table(result: dict) -> str:
     return _pair_table(judged, None) + f"\n\nGeometric mean: {times(geomean(e.ratio for e in judged))}."
 
 
+def _layer_table(goal: float) -> Callable[[dict], str]:
+    return lambda result: _summary_table(judged := entries(result, "layer"), goal) + "\n\n" + _pair_table(judged, goal)
+
+
 def _models_table(result: dict) -> str:
     names = [name for name in _SIDES if any(name in row["sides"] for row in result["rows"])]
     rows = []
@@ -500,6 +506,8 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "pointwise": _section("dsconv", _pointwise_table),
     "bf16": _section("bf16", _bf16_table),
     "dwconv": _section("dwconv", _dwconv_table),
+    "sepconv": _section("sepconv", _layer_table(SEPCONV_GOAL)),
+    "blurmaxpool": _section("blurmaxpool", _layer_table(BLUR_GOAL)),
     "models": _section("models", _models_table),
     "training": _section("training", _training_table),
     "overhead": _section("overhead", _overhead_table),

@@ -177,6 +177,14 @@ def dwconv_jobs(args: argparse.Namespace) -> list[Job]:
     return _case_jobs(shapes.DWCONV, "dw", args.peers, args)
 
 
+def sepconv_jobs(args: argparse.Namespace) -> list[Job]:
+    return _case_jobs(shapes.EFFNET, "layer", args.peers, args)
+
+
+def blurmaxpool_jobs(args: argparse.Namespace) -> list[Job]:
+    return _case_jobs(shapes.BLUR_MAX_POOLS, "layer", args.peers, args)
+
+
 def bf16_jobs(args: argparse.Namespace) -> list[Job]:
     """effops in bf16 and in fp32, turn by turn; eager's bf16 stands beside them."""
     jobs = []
@@ -225,6 +233,8 @@ def overhead_jobs(args: argparse.Namespace) -> list[Job]:
 SUITES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
     "dsconv": dsconv_jobs,
     "dwconv": dwconv_jobs,
+    "sepconv": sepconv_jobs,
+    "blurmaxpool": blurmaxpool_jobs,
     "bf16": bf16_jobs,
     "models": models_jobs,
     "training": training_jobs,

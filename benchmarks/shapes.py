@@ -212,6 +212,71 @@ DWCONV = (
     DWCase("blur3-112-28-s2", 112, 28, stride=2, bank="blur"),
 )
 
+
+@dataclass(frozen=True)
+class LayerCase:
+    """One module on a square map, in eval mode.
+
+    layer: "separable" (1x3, max pool, 3x1), "effnet1" and "effnet2" (whole blocks), "blurmaxpool" (2x2, then a 3x3
+    blur of stride 2).
+    """
+
+    name: str
+    layer: str
+    channels: int
+    size: int
+    out: int = 0
+    multiplier: int = 1
+    pool: str = "row"
+    count: int = 1
+
+    @property
+    def out_size(self) -> int:
+        return self.size // 2
+
+    @property
+    def _inner(self) -> int:
+        """Channels of the depthwise convolutions' input in an EffNet block."""
+        return {"effnet1": max(6, self.out // 2), "effnet2": self.channels}.get(self.layer, self.channels)
+
+    def macs(self, batch: int) -> int:
+        pixels, half, quarter = self.size**2, self.size**2 // 2, self.size**2 // 4
+        if self.layer == "blurmaxpool":
+            return batch * self.channels * ((self.size - 1) // 2 + 1) ** 2 * 9
+        made = self._inner * (2 if self.layer == "effnet2" else self.multiplier)
+        depthwise = 3 * made * (pixels + half)
+        if self.layer == "separable":
+            return batch * depthwise
+        rows = 2 if self.layer == "effnet1" else 1
+        return batch * (self.channels * self._inner * pixels + depthwise + rows * made * self.out * quarter)
+
+    def traffic(self, batch: int, dtype: str = "float32") -> int:
+        """Bytes that must move when the layer's input is read once and its output written once."""
+        outputs = {
+            "separable": self.channels * self.multiplier * self.size**2 // (4 if self.pool == "both" else 2),
+            "blurmaxpool": self.channels * ((self.size - 1) // 2 + 1) ** 2,
+        }.get(self.layer, self.out * self.size**2 // 4)
+        return ITEMSIZE[dtype] * batch * (self.channels * self.size**2 + outputs)
+
+
+# EffNet's nets for CIFAR-10 (arXiv 1801.06434, Table 1; the revised blocks of 6.2 at expansion rate 2).
+EFFNET = (
+    LayerCase("sep1-32-32", "separable", 32, 32),
+    LayerCase("sep1-64-16", "separable", 64, 16),
+    LayerCase("sep1-128-8", "separable", 128, 8),
+    LayerCase("sep2-64-16", "separable", 64, 16, multiplier=2, pool="both"),
+    LayerCase("sep2-128-8", "separable", 128, 8, multiplier=2, pool="both"),
+    LayerCase("effnet1-3-64-32", "effnet1", 3, 32, 64),
+    LayerCase("effnet1-64-128-16", "effnet1", 64, 16, 128),
+    LayerCase("effnet1-128-256-8", "effnet1", 128, 8, 256),
+    LayerCase("effnet2-64-128-16", "effnet2", 64, 16, 128),
+    LayerCase("effnet2-128-256-8", "effnet2", 128, 8, 256),
+)
+# Blurred max pools in the place of VGNetG-1.0MP's downsamplings.
+BLUR_MAX_POOLS = tuple(
+    LayerCase(f"blurmax-{c}-{size}", "blurmaxpool", c, size) for c, size in ((28, 112), (56, 56), (112, 28), (224, 14))
+)
+
 # Half-identity blocks of VGNetG-1.0MP for forward + backward: (channels of the pair, map size).
 TRAINING = ((56, 56), (112, 28), (224, 14), (368, 7))
 TRAINING_BATCH = 16
@@ -230,12 +295,15 @@ QUICK = {
     "dw3-128-56-s1",
     "shared3-368-7",
     "blur3-28-112-s2",
+    "sep1-64-16",
+    "effnet2-64-128-16",
+    "blurmax-56-56",
 }
 
 
-def find(name: str) -> DSCase | DWCase:
+def find(name: str) -> DSCase | DWCase | LayerCase:
     """Return the case of that name; KeyError names what exists."""
-    known = (*DSCONV, *DWCONV, *_GPU_ONLY)
+    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *_GPU_ONLY)
     for case in known:
         if case.name == name:
             return case

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks import gate, networks, overhead, problems, shapes, timing
+from benchmarks import gate, layers, networks, overhead, problems, shapes, timing
 
 
 def build(request: dict):
@@ -29,6 +29,8 @@ def build(request: dict):
     if kind == "training":
         return networks.TrainingProblem(request["channels"], request["size"], request["batch"])
     case = shapes.find(request["case"])
+    if kind == "layer":
+        return layers.LayerProblem(case, request["batch"], getattr(torch, request["dtype"]))
     if kind == "pointwise":
         case = case.pointwise_only()
     return problems.build(case, request["batch"], request["dtype"])

@@ -1,0 +1,13 @@
+"""Blurred max pools: effops and eager torch in both memory formats."""
+
+import pytest
+
+from benchmarks import shapes
+
+SIDES = ("effops/nchw", "effops/channels_last", "eager/nchw", "eager/channels_last")
+
+
+@pytest.mark.parametrize("side", SIDES)
+@pytest.mark.parametrize("case", shapes.BLUR_MAX_POOLS, ids=lambda case: case.name)
+def test_forward(timed_case, case, batch, threads, side):
+    timed_case(case, batch, threads, side)
