@@ -168,4 +168,15 @@ struct SepconvBackwardArgs {
   EpilogueGrads row_grads, col_grads;
 };
 
+// Max pool of stride 1, then a blur: the binomial filter of `size` with stride. Hp and Wp are the size between the two.
+struct BlurMaxPoolArgs {
+  index_t N, C, H, W, Hp, Wp, P, Q;
+  index_t stride_h, stride_w, size;
+  index_t window_h, window_w, pool_top, pool_left;
+  bool reflect;
+  TensorRef input;
+  TensorRef output;      // forward: written; backward: its gradient
+  TensorRef grad_input;  // backward
+};
+
 }  // namespace effops

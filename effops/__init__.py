@@ -18,6 +18,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "BSConvS": "effops.modules",
     "BSConvU": "effops.modules",
+    "BlurMaxPool2d": "effops.modules",
     "BlurPool2d": "effops.modules",
     "DepthwiseConv2d": "effops.modules",
     "DownsamplingBlock": "effops.modules",

@@ -1,5 +1,6 @@
 """One documented `torch.autograd.Function` per operator: public API for layers of one's own on the kernels."""
 
+from effops.ops.blurmaxpool import BlurMaxPool2dFunction
 from effops.ops.bsconv import BSConv2dFunction
 from effops.ops.dsconv import DSConv2dFunction, DSConvNorm2dFunction
 from effops.ops.dwconv import DepthwiseConv2dFunction, DepthwiseStatsFunction
@@ -7,6 +8,7 @@ from effops.ops.sepconv import SeparableConvPool2dFunction
 
 __all__ = [
     "BSConv2dFunction",
+    "BlurMaxPool2dFunction",
     "DSConv2dFunction",
     "DSConvNorm2dFunction",
     "DepthwiseConv2dFunction",

@@ -38,7 +38,7 @@ class Call(NamedTuple):
         op: the operator: "dwconv", "dwconv_stats", "dsconv", "bsconv", or a later room's name (`_CHAINS`).
         name: the public function called, for messages.
         input: [N,C,H,W].
-        weight: the depthwise weight [B,1,R,S].
+        weight: the depthwise weight [B,1,R,S]; None of blur_max_pool, whose filter is in the geometry.
         pw_weight: the second convolution's weight (dsconv: pointwise [K,C',1,1]; sepconv: column [D,1,R,1]), or None.
         geometry: the int[] of the operator (effops/schemas.inc).
         shape: the last convolution's output shape [N,K,P,Q].
@@ -47,7 +47,7 @@ class Call(NamedTuple):
     op: str
     name: str
     input: Tensor
-    weight: Tensor
+    weight: Tensor | None
     pw_weight: Tensor | None
     geometry: list[int]
     shape: tuple[int, ...]
@@ -103,7 +103,7 @@ class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
-    operators = _Kernels.operators | {"bsconv", "sepconv"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "sepconv"}
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -349,14 +349,17 @@ _CHAINS = {
     "dsconv": "{window} + 1x1",
     "bsconv": "1x1 + {window}",
     "sepconv": "{window} + {second}",
+    "blur_max_pool": "max pool {pool} + blur {window}",
 }
 
 
 def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
-    g, (_, _, r, s) = call.geometry, call.weight.shape
+    g = call.geometry
+    r, s = (g[2], g[2]) if call.weight is None else call.weight.shape[2:]
     window = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
     second = "" if call.pw_weight is None else f"{call.pw_weight.shape[2]}x{call.pw_weight.shape[3]}"
-    kernel = _CHAINS[call.op].format(window=window, second=second)
+    pool = f"{g[3]}x{g[4]}" if call.op == "blur_max_pool" else ""
+    kernel = _CHAINS[call.op].format(window=window, second=second, pool=pool)
     n, channels, p, q = call.shape
     if call.op == "dsconv":
         channels += g[14]

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 from effops import modules
 from effops.modules import ds_conv_key_map
 from effops.modules.vgnet import Pair
+from effops.ops.dwconv.banks import binomial
 
 __all__ = [
     "BSConvS",
     "BSConvU",
+    "BlurMaxPool2d",
     "BlurPool2d",
     "DepthwiseConv2d",
     "DownsamplingBlock",
@@ -86,6 +88,19 @@ class FixedFilterConv2d(_Constant, modules.FixedFilterConv2d):
 
 class BlurPool2d(_Constant, modules.BlurPool2d):
     """`effops.BlurPool2d` on the repeated filter."""
+
+
+class BlurMaxPool2d(modules.BlurMaxPool2d):
+    """`effops.BlurMaxPool2d` as `F.max_pool2d`, a padding and a depthwise convolution."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        y = F.max_pool2d(input, self.kernel_size, 1, self.padding)
+        before, behind = (self.filter_size - 1) // 2, self.filter_size // 2
+        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+        kernel = torch.tensor(binomial(self.filter_size), dtype=y.dtype, device=y.device)
+        kernel = kernel.expand(y.shape[1], 1, *kernel.shape)
+        y = F.pad(y, (before, behind, before, behind), mode)
+        return F.conv2d(y, kernel, None, self.stride, groups=y.shape[1])
 
 
 class FusedDSConv(modules.FusedDSConv):

@@ -44,7 +44,7 @@ def test_functional_schemas() -> None:
     names = [schema.partition("(")[0] for schema in _library.schemas()]
     convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_bwd"]
     norms = ["dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine"]
-    rooms = [f"{room}_{which}" for room in ("bsconv", "sepconv") for which in ("fwd", "bwd")]
+    rooms = [f"{room}_{which}" for room in ("bsconv", "sepconv", "blur_max_pool") for which in ("fwd", "bwd")]
     assert names == [*convolutions, *norms, *rooms]
     for name in names:
         schema = getattr(torch.ops.effops, name).default._schema
@@ -467,6 +467,7 @@ def test_flops_are_two_a_multiply_accumulate(backend: str) -> None:
 def test_functions_are_documented_public_api() -> None:
     assert effops.autograd.__all__ == [
         "BSConv2dFunction",
+        "BlurMaxPool2dFunction",
         "DSConv2dFunction",
         "DSConvNorm2dFunction",
         "DepthwiseConv2dFunction",

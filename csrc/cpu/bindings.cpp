@@ -1,5 +1,6 @@
 // The operators for the CPU key.
 #include "csrc/bindings/bsconv.h"
+#include "csrc/bindings/blurmaxpool.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
@@ -41,6 +42,12 @@ struct CpuKernels {
   static void sepconv_bwd(const Tensor& input, const SepconvBackwardArgs& args) {
     kernels().sepconv_bwd[row(input)](args);
   }
+  static void blur_max_pool_fwd(const Tensor& input, const BlurMaxPoolArgs& args) {
+    kernels().blur_max_pool_fwd[row(input)](args);
+  }
+  static void blur_max_pool_bwd(const Tensor& input, const BlurMaxPoolArgs& args) {
+    kernels().blur_max_pool_bwd[row(input)](args);
+  }
 };
 
 }  // namespace
@@ -53,6 +60,8 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("bsconv_bwd", TORCH_BOX(&BsconvBindings<CpuKernels>::backward));
   library.impl("sepconv_fwd", TORCH_BOX(&SepconvBindings<CpuKernels>::forward));
   library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
+  library.impl("blur_max_pool_fwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::forward));
+  library.impl("blur_max_pool_bwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::backward));
 }
 
 }  // namespace effops

@@ -34,6 +34,7 @@ namespace {
 #include "csrc/cpu/bsconv_backward.h"
 #include "csrc/cpu/sepconv.h"
 #include "csrc/cpu/sepconv_backward.h"
+#include "csrc/cpu/blurmaxpool.h"
 // clang-format on
 
 }  // namespace
@@ -61,6 +62,8 @@ const KernelTable& table() {
       {bsconv_bwd<float>, bsconv_bwd<bf16>, bsconv_bwd<double>},
       {sepconv_fwd<float>, sepconv_fwd<bf16>, sepconv_fwd<double>},
       {sepconv_bwd<float>, sepconv_bwd<bf16>, sepconv_bwd<double>},
+      {blur_max_pool_fwd<float>, blur_max_pool_fwd<bf16>, blur_max_pool_fwd<double>},
+      {blur_max_pool_bwd<float>, blur_max_pool_bwd<bf16>, blur_max_pool_bwd<double>},
   };
 #endif
   return result;

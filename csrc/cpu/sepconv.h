@@ -18,6 +18,11 @@ EFFOPS_INLINE vmask<C> takes_second(vec<C> first, vec<C> second) {
   return (vmask<C>)(second > first) | (vmask<C>)(second != second);
 }
 
+template <class C>
+EFFOPS_INLINE vec<C> pool_max(vec<C> first, vec<C> second) {
+  return takes_second<C>(first, second) ? second : first;
+}
+
 // out[i] = max pool of first[i] and second[i], i < pixels; `step` is the distance of two pixels of either. `taken`, where
 // given, receives takes_second, for the gradient: rows like `out`, whose lanes are masks.
 template <bool Exact, class T, class C>

@@ -27,6 +27,8 @@ struct KernelTable {
   void (*bsconv_bwd[kNumDTypes])(const BsconvBackwardArgs&);
   void (*sepconv_fwd[kNumDTypes])(const SepconvForwardArgs&);
   void (*sepconv_bwd[kNumDTypes])(const SepconvBackwardArgs&);
+  void (*blur_max_pool_fwd[kNumDTypes])(const BlurMaxPoolArgs&);
+  void (*blur_max_pool_bwd[kNumDTypes])(const BlurMaxPoolArgs&);
 };
 
 }  // namespace effops

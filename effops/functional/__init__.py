@@ -18,6 +18,7 @@ Dimensions: N batch, C input channels, H W input size, R S window, P Q output si
 
 from __future__ import annotations
 
+from effops.functional.blurmaxpool import blur_max_pool2d
 from effops.functional.bsconv import bs_conv2d
 from effops.functional.dsconv import downsampling2d, ds_conv2d, half_identity2d
 from effops.functional.dwconv import (
@@ -32,6 +33,7 @@ from effops.ops.epilogue import BatchNorm
 __all__ = [
     "BatchNorm",
     "bs_conv2d",
+    "blur_max_pool2d",
     "depthwise_conv2d",
     "depthwise_stats2d",
     "downsampling2d",

@@ -8,6 +8,7 @@ What cannot be fused runs as the ordinary sub-modules do; `fusion_reasons()` and
 """
 
 from effops.modules._keys import ds_conv_key_map
+from effops.modules.blurmaxpool import BlurMaxPool2d
 from effops.modules.bsconv import BSConvS, BSConvU, orthonormal_loss
 from effops.modules.dsconv import FusedDSConv
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
@@ -17,6 +18,7 @@ from effops.modules.vgnet import DownsamplingBlock, HalfIdentityBlock
 __all__ = [
     "BSConvS",
     "BSConvU",
+    "BlurMaxPool2d",
     "BlurPool2d",
     "DepthwiseConv2d",
     "DownsamplingBlock",
