@@ -43,7 +43,11 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     gpu = metafunc.definition.get_closest_marker("gpu") is not None
     if "batch" in metafunc.fixturenames and gpu:
         metafunc.parametrize("batch", (128, 1), ids=lambda b: f"b{b}")
-    for name, cases in (("ds_case", shapes.GPU_DSCONV if gpu else shapes.DSCONV), ("dw_case", shapes.DWCONV)):
+    for name, cases in (
+        ("ds_case", shapes.GPU_DSCONV if gpu else shapes.DSCONV),
+        ("dw_case", shapes.DWCONV),
+        ("bs_case", shapes.BSCONV),
+    ):
         if name in metafunc.fixturenames:
             every = metafunc.config.getoption("--bench-all-shapes")
             few = {*shapes.QUICK, *shapes.GPU_HEADLINES} if gpu else shapes.QUICK

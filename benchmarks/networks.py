@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from benchmarks import gate
-from benchmarks.problems import FORMATS, depthwise64, pointwise64
-from benchmarks.shapes import MODEL_SIZE
+from benchmarks.problems import FORMATS, BSProblem, depthwise64, pointwise64
+from benchmarks.shapes import MODEL_SIZE, BSCase
 
 
 def in_place(model: nn.Module) -> nn.Module:
@@ -196,6 +196,69 @@ class TrainingProblem:
             in_place(blocks)
         state = tuple(x.contiguous(memory_format=FORMATS[variant]).requires_grad_() for x in (self._left, self._right))
         return saved_bytes(lambda: blocks(state), [*blocks.parameters(), *blocks.buffers()])
+
+
+class BlueprintTraining:
+    """A BSConvU with bias, forward + backward to every leaf; and what it saves for backward."""
+
+    def __init__(self, case: BSCase, batch: int) -> None:
+        self._problem = BSProblem(case, batch)
+        shape = (batch, case.out, case.out_size, case.out_size)
+        self._grad = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+        self._truth: tuple[torch.Tensor, ...] | None = None
+
+    def _module(self, peer: str, variant: str) -> nn.Module:
+        from effops import modules, stock
+
+        case, kind = self._problem.case, modules.BSConvU if peer == "effops" else stock.BSConvU
+        module = kind(case.channels, case.out, case.kernel, case.stride, case.kernel // 2)
+        problem = self._problem
+        module.load_state_dict({"pw.weight": problem.pw_weight, "dw.weight": problem.bank, "dw.bias": problem.bias})
+        return module.train().to(memory_format=FORMATS[variant])
+
+    def _step(self, peer: str, variant: str) -> Callable[[], tuple[torch.Tensor, ...]]:
+        module = self._module(peer, variant)
+        x, grad = (t.contiguous(memory_format=FORMATS[variant]) for t in (self._problem.x, self._grad))
+        x.requires_grad_()
+        leaves = [x, *module.parameters()]
+
+        def step() -> tuple[torch.Tensor, ...]:
+            y = module(x)
+            return (y.detach(), *torch.autograd.grad(y, leaves, grad))
+
+        return step
+
+    def candidates(self, peer: str) -> Iterator[tuple[str, Callable[[], object]]]:
+        for variant in FORMATS:
+            yield variant, self._step(peer, variant)
+
+    def _truth64(self) -> tuple[torch.Tensor, ...]:
+        """The output and the gradients of input, pointwise weight, depthwise weight and bias, in float64."""
+        problem = self._problem
+        leaves = [t.double().requires_grad_() for t in (problem.x, problem.pw_weight, problem.bank, problem.bias)]
+        x, pw, dw, bias = leaves
+        y = depthwise64(pointwise64(x, pw), dw, problem.case.stride) + bias.view(1, -1, 1, 1)
+        return (y.detach(), *torch.autograd.grad(y, leaves, self._grad.double()))
+
+    def check(self, fn: Callable[[], tuple[torch.Tensor, ...]], variant: str, own: bool) -> dict | None:
+        """The output and every gradient; the worst share of the budget is returned."""
+        if self._truth is None:
+            self._truth = self._truth64()
+        names, outs = ("output", "input", "pw.weight", "dw.weight", "dw.bias"), fn()
+        if not own:
+            for name, out, truth in zip(names, outs, self._truth, strict=True):
+                gate.check_rival(out, truth, name)
+            return None
+        torchs = self._step("eager", variant)()
+        every = zip(names, outs, torchs, self._truth, strict=True)
+        results = [gate.check(out, yardstick, truth, name) for name, out, yardstick, truth in every]
+        return max(results, key=lambda result: result["error"] / result["allowed"])
+
+    def saved_bytes(self, peer: str, variant: str) -> int:
+        """Unique bytes that autograd keeps for backward, parameters apart."""
+        module = self._module(peer, variant)
+        x = self._problem.x.contiguous(memory_format=FORMATS[variant]).requires_grad_()
+        return saved_bytes(lambda: module(x), list(module.parameters()))
 
 
 def _preactivation(left: torch.Tensor, right: torch.Tensor, dw: torch.Tensor, pw: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.shapes import DSCase, DWCase
+from benchmarks.shapes import BSCase, DSCase, DWCase
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _BN_EPS = 1e-5
@@ -65,7 +65,7 @@ class _Problem:
 
     def __init__(
         self,
-        case: DSCase | DWCase,
+        case: DSCase | DWCase | BSCase,
         batch: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -257,6 +257,57 @@ class DSProblem(_Problem):
         return lambda: EF.ds_conv2d(x, bank, weight, dw_bias, bias, stride, padding, **extra, **epilogue)
 
 
+class _StockBS(nn.Module):
+    """The chain as networks write it, with a folded BatchNorm and an in-place ReLU."""
+
+    def __init__(self, case: BSCase) -> None:
+        super().__init__()
+        self.mid = nn.Conv2d(case.channels, case.mid, 1, bias=False) if case.mid else nn.Identity()
+        self.pw = nn.Conv2d(case.mid or case.channels, case.out, 1, bias=False)
+        self.dw = nn.Conv2d(case.out, case.out, case.kernel, case.stride, case.kernel // 2, groups=case.out)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu_(self.dw(self.pw(self.mid(x))))
+
+
+class BSProblem(_Problem):
+    """One blueprint separable convolution with bias and ReLU."""
+
+    def __init__(
+        self, case: BSCase, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(case, batch, dtype, device)
+        read = case.mid or case.channels
+        self.mid_weight = self._randn(case.mid, case.channels, 1, 1, scale=case.channels**-0.5) if case.mid else None
+        self.pw_weight = self._randn(case.out, read, 1, 1, scale=read**-0.5)
+        self.bias = self._randn(case.out, scale=0.1)
+
+    def _truth(self) -> torch.Tensor:
+        z = self.x.double()
+        for weight in (self.mid_weight, self.pw_weight):
+            z = z if weight is None else pointwise64(z, weight.double())
+        return torch.relu(depthwise64(z, self.bank.double(), self.case.stride) + _channels(self.bias.double()))
+
+    def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+        """The stock module in eval mode and its inputs, both in the variant's memory format."""
+        module = _StockBS(self.case).to(self.device, self.dtype)
+        state = {"pw.weight": self.pw_weight, "dw.weight": self.bank, "dw.bias": self.bias}
+        if self.mid_weight is not None:
+            state["mid.weight"] = self.mid_weight
+        module.load_state_dict(state)
+        return _formatted(module, (self.x,), variant)
+
+    def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
+        """A call of the public function: dispatch, checks and weight packing are inside the timing."""
+        import effops.functional as EF
+
+        case, pw, dw, bias, mid = self.case, self.pw_weight, self.bank, self.bias, self.mid_weight
+        x = self.x.contiguous(memory_format=FORMATS[variant])
+        return lambda: EF.bs_conv2d(
+            x, pw, dw, bias, case.stride, case.kernel // 2, mid_weight=mid, activation="relu", backend=backend
+        )
+
+
 def _formatted(module: nn.Module, inputs: tuple, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     memory_format = FORMATS[variant]
     module = module.eval().requires_grad_(False).to(memory_format=memory_format)
@@ -264,8 +315,8 @@ def _formatted(module: nn.Module, inputs: tuple, variant: str) -> tuple[nn.Modul
 
 
 def build(
-    case: DSCase | DWCase, batch: int, dtype: str = "float32", device: torch.device | str = "cpu"
-) -> DSProblem | DWProblem:
-    """The problem for a case of either kind."""
-    kind = DSProblem if isinstance(case, DSCase) else DWProblem
+    case: DSCase | DWCase | BSCase, batch: int, dtype: str = "float32", device: torch.device | str = "cpu"
+) -> DSProblem | DWProblem | BSProblem:
+    """The problem for a case of any kind."""
+    kind = {DSCase: DSProblem, DWCase: DWProblem, BSCase: BSProblem}[type(case)]
     return kind(case, batch, getattr(torch, dtype), device)

@@ -31,6 +31,7 @@ IMAGES = "docs/images"
 COMMAND = "python benchmarks/report.py"
 
 DSCONV_GOAL = 1.5
+BSCONV_GOAL = 1.5
 BF16_GOAL = 1.6
 TRAINING_GOAL = 1.5
 SEPCONV_GOAL = 2.5
@@ -342,6 +343,15 @@ def _layer_table(goal: float) -> Callable[[dict], str]:
     return lambda result: _summary_table(judged := entries(result, "layer"), goal) + "\n\n" + _pair_table(judged, goal)
 
 
+def _bsconv_table(result: dict) -> str:
+    judged = entries(result, "bs")
+    training = {**result, "rows": [row for row in result["rows"] if row["kind"] == "bs-training"]}
+    text = _pair_table(judged, BSCONV_GOAL)
+    text += f"\n\nGeometric mean: {times(geomean(e.ratio for e in judged))}; "
+    text += f"of min(ratio/goal, 1): {geomean(e.term(BSCONV_GOAL) for e in judged):.3f}."
+    return f"{text}\n\nForward + backward of a `BSConvU`:\n\n{_training_table(training, 'shape')}"
+
+
 def _models_table(result: dict) -> str:
     names = [name for name in _SIDES if any(name in row["sides"] for row in result["rows"])]
     rows = []
@@ -367,7 +377,7 @@ def _training_pairs(result: dict) -> list[tuple[dict, tuple[str, dict], dict, di
     return pairs
 
 
-def _training_table(result: dict) -> str:
+def _training_table(result: dict, what: str = "half-identity block") -> str:
     rows = []
     for row, (_, own), eager, any_eager in _training_pairs(result):
         saved = 1 - own["saved_bytes"] / eager["saved_bytes"]
@@ -386,7 +396,7 @@ def _training_table(result: dict) -> str:
             ]
         )
     header = [
-        "half-identity block",
+        what,
         "batch",
         "threads",
         "effops ms",
@@ -508,6 +518,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "dwconv": _section("dwconv", _dwconv_table),
     "sepconv": _section("sepconv", _layer_table(SEPCONV_GOAL)),
     "blurmaxpool": _section("blurmaxpool", _layer_table(BLUR_GOAL)),
+    "bsconv": _section("bsconv", _bsconv_table),
     "models": _section("models", _models_table),
     "training": _section("training", _training_table),
     "overhead": _section("overhead", _overhead_table),

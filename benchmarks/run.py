@@ -185,6 +185,15 @@ def blurmaxpool_jobs(args: argparse.Namespace) -> list[Job]:
     return _case_jobs(shapes.BLUR_MAX_POOLS, "layer", args.peers, args)
 
 
+def bsconv_jobs(args: argparse.Namespace) -> list[Job]:
+    peers = tuple(peer for peer in args.peers if peer in ("effops", "eager"))
+    training = [case for case in shapes.BSCONV if case.name in shapes.BS_TRAINING]
+    return [
+        *_case_jobs(shapes.BSCONV, "bs", args.peers, args),
+        *_case_jobs(training, "bs-training", peers, args),
+    ]
+
+
 def bf16_jobs(args: argparse.Namespace) -> list[Job]:
     """effops in bf16 and in fp32, turn by turn; eager's bf16 stands beside them."""
     jobs = []
@@ -235,6 +244,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
     "dwconv": dwconv_jobs,
     "sepconv": sepconv_jobs,
     "blurmaxpool": blurmaxpool_jobs,
+    "bsconv": bsconv_jobs,
     "bf16": bf16_jobs,
     "models": models_jobs,
     "training": training_jobs,

@@ -102,6 +102,50 @@ class DSCase:
         return replace(self, kernel=1, stride=1, size=self.out_size, bank="learned", keep=0)
 
 
+@dataclass(frozen=True)
+class BSCase:
+    """One pointwise [-> pointwise] -> depthwise chain on a square map with 'same' padding, ReLU behind it.
+
+    Attributes:
+        channels, out: C and K; `mid`: channels between the two pointwise convolutions of BSConv-S, 0 without.
+        bias: a folded BatchNorm's.
+        count: how often the network holds this shape.
+    """
+
+    name: str
+    family: str
+    channels: int
+    out: int
+    size: int
+    stride: int = 1
+    mid: int = 0
+    kernel: int = 3
+    bias: bool = True
+    activation: str = "relu"
+    bank: str = "learned"
+    count: int = 1
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+
+    @property
+    def bank_size(self) -> int:
+        return self.out
+
+    def pointwise_weights(self) -> int:
+        return self.mid * (self.channels + self.out) if self.mid else self.channels * self.out
+
+    def macs(self, batch: int) -> int:
+        depthwise = self.out * self.out_size**2 * self.kernel**2
+        return batch * (self.pointwise_weights() * self.size**2 + depthwise)
+
+    def traffic(self, batch: int, dtype: str = "float32") -> int:
+        """Bytes that must move when everything is read once and written once and the intermediate stays in cache."""
+        maps = self.channels * self.size**2 + self.out * self.out_size**2
+        return ITEMSIZE[dtype] * (batch * maps + self.pointwise_weights() + self.out * self.kernel**2)
+
+
 def _mobilenetv1() -> list[DSCase]:
     """The 13 pairs at 224 (9 distinct shapes), BatchNorm folded into biases, ReLU after both convolutions."""
     pairs = [
@@ -128,6 +172,21 @@ def _mobilenetv1() -> list[DSCase]:
             count=count,
         )
         for c, k, size, s, count in pairs
+    ]
+
+
+def _blueprint() -> list[BSCase]:
+    """MobileNetV1-BSConvU at 224 (13 blocks, 9 distinct shapes) and CIFAR ResNet-110-U (109 convolutions, 6)."""
+    mobile = [
+        BSCase(f"bs-mnv1-{c.channels}-{c.out}-{c.size}-s{c.stride}", c.family, c.channels, c.out, c.size, c.stride,
+               count=c.count)
+        for c in _mobilenetv1()
+    ]  # fmt: skip
+    cifar = [(3, 16, 32, 1, 1), (16, 16, 32, 1, 36), (16, 32, 32, 2, 1), (32, 32, 16, 1, 35), (32, 64, 16, 2, 1),
+             (64, 64, 8, 1, 35)]  # fmt: skip
+    return mobile + [
+        BSCase(f"bs-cifar-{c}-{k}-{size}-s{s}", "ResNet-110", c, k, size, s, count=count)
+        for c, k, size, s, count in cifar
     ]
 
 
@@ -169,6 +228,19 @@ def _vgnetg_1_0mp() -> list[DSCase]:
 
 
 DSCONV = (*_mobilenetv1(), *_vgnetg_1_0mp())
+
+# The last one is BSConv-S with the package's p = 1/4.
+BSCONV = (*_blueprint(), BSCase("bs-subspace-256-256-28-s1", "BSConv-S", 256, 256, 28, mid=64))
+
+# Forward + backward, of the module.
+BS_TRAINING = {
+    "bs-mnv1-128-128-56-s1",
+    "bs-mnv1-256-512-28-s2",
+    "bs-mnv1-512-512-14-s1",
+    "bs-cifar-16-16-32-s1",
+    "bs-cifar-32-64-16-s2",
+    "bs-cifar-64-64-8-s1",
+}
 
 # On a GPU (`make gpu`): the chains above, and two that stand for networks not listed here. In this order, the most
 # telling first; the first three are the ones with a goal.
@@ -298,12 +370,14 @@ QUICK = {
     "sep1-64-16",
     "effnet2-64-128-16",
     "blurmax-56-56",
+    "bs-mnv1-128-128-56-s1",
+    "bs-cifar-64-64-8-s1",
 }
 
 
-def find(name: str) -> DSCase | DWCase | LayerCase:
+def find(name: str) -> DSCase | DWCase | LayerCase | BSCase:
     """Return the case of that name; KeyError names what exists."""
-    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *_GPU_ONLY)
+    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *BSCONV, *_GPU_ONLY)
     for case in known:
         if case.name == name:
             return case

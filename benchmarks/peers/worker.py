@@ -31,6 +31,8 @@ def build(request: dict):
     case = shapes.find(request["case"])
     if kind == "layer":
         return layers.LayerProblem(case, request["batch"], getattr(torch, request["dtype"]))
+    if kind == "bs-training":
+        return networks.BlueprintTraining(case, request["batch"])
     if kind == "pointwise":
         case = case.pointwise_only()
     return problems.build(case, request["batch"], request["dtype"])
@@ -54,16 +56,17 @@ def answer(peer: str, module, request: dict, effort: timing.Effort) -> dict:
     if request["kind"] == "overhead":
         return {"overhead": overhead.measure(request["quick"])}
     problem = build(request)
+    training = request["kind"].endswith("training")
     sides = {}
     iterator = iter(module.candidates(problem))
     while True:
         variant = "?"
         try:
             variant, fn = next(iterator)
-            with contextlib.nullcontext() if request["kind"] == "training" else torch.no_grad():
+            with contextlib.nullcontext() if training else torch.no_grad():
                 checked = _gate(peer, problem, variant, fn, request.get("first", True))
                 result = timing.measure(fn, effort)
-                if hasattr(module, "note") and request["kind"] != "training":
+                if hasattr(module, "note") and not training:
                     result |= module.note(fn)
             if checked:
                 result["gate"] = checked
