@@ -104,12 +104,24 @@ struct BatchNormRef {
   double eps = 0;
 };
 
+// One depthwise window of several that read the same map side by side (Multiception, MixConv).
+struct DepthwisePartArgs {
+  DepthwiseGeometry g;  // its own channels, window and pads; a kernel a channel, no multiplier
+  const void* weight;
+  index_t channel;  // the first input channel it reads
+  void* grad_weight = nullptr;
+};
+
 struct DsconvForwardArgs {
   DepthwiseGeometry g;
+  // Where there are parts, g has the whole input, no dilation and the rows that any window spans; its columns are the
+  // first part's. dw_weight is absent then.
+  const DepthwisePartArgs* parts = nullptr;
+  index_t num_parts = 0;
   index_t passthrough_channels, K, keep;
   bool tf32;  // float32 products may be rounded to TF32; only CUDA kernels do
   TensorRef input, passthrough, output;
-  const void* dw_weight;
+  const void* dw_weight = nullptr;
   EpilogueRef dw_epilogue;
   const void* pw_weight;
   index_t pw_stride_k, pw_stride_c;

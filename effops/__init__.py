@@ -27,6 +27,8 @@ _LAZY = {
     "FusedDSConv": "effops.modules",
     "HalfIdentityBlock": "effops.modules",
     "SeparableConvPool2d": "effops.modules",
+    "MixConv2d": "effops.modules",
+    "MulticeptionConv2d": "effops.modules",
     "SharedDepthwiseConv2d": "effops.modules",
     "create_model": "effops.models",
     "list_models": "effops.models",

@@ -3,6 +3,7 @@
 from effops.ops.blurmaxpool import BlurMaxPool2dFunction
 from effops.ops.bsconv import BSConv2dFunction
 from effops.ops.dsconv import DSConv2dFunction, DSConvNorm2dFunction
+from effops.ops.dsconv.parts import DSConvParts2dFunction
 from effops.ops.dwconv import DepthwiseConv2dFunction, DepthwiseStatsFunction
 from effops.ops.sepconv import SeparableConvPool2dFunction
 
@@ -11,6 +12,7 @@ __all__ = [
     "BlurMaxPool2dFunction",
     "DSConv2dFunction",
     "DSConvNorm2dFunction",
+    "DSConvParts2dFunction",
     "DepthwiseConv2dFunction",
     "DepthwiseStatsFunction",
     "SeparableConvPool2dFunction",

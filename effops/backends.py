@@ -35,10 +35,11 @@ class Call(NamedTuple):
     """One call of an operator, as the backends judge it.
 
     Attributes:
-        op: the operator: "dwconv", "dwconv_stats", "dsconv", "bsconv", or a later room's name (`_CHAINS`).
+        op: the operator: "dwconv", "dwconv_stats", "dsconv", or a later room's name (`_CHAINS`).
         name: the public function called, for messages.
         input: [N,C,H,W].
-        weight: the depthwise weight [B,1,R,S]; None of blur_max_pool, whose filter is in the geometry.
+        weight: the depthwise weight [B,1,R,S]; a tuple of them where there are several parts; None of blur_max_pool,
+            whose filter is in the geometry.
         pw_weight: the second convolution's weight (dsconv: pointwise [K,C',1,1]; sepconv: column [D,1,R,1]), or None.
         geometry: the int[] of the operator (effops/schemas.inc).
         shape: the last convolution's output shape [N,K,P,Q].
@@ -47,7 +48,7 @@ class Call(NamedTuple):
     op: str
     name: str
     input: Tensor
-    weight: Tensor | None
+    weight: Tensor | tuple[Tensor, ...] | None
     pw_weight: Tensor | None
     geometry: list[int]
     shape: tuple[int, ...]
@@ -103,7 +104,7 @@ class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
-    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "sepconv"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "sepconv"}
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -347,16 +348,24 @@ _CHAINS = {
     "dwconv": "{window}",
     "dwconv_stats": "{window}",
     "dsconv": "{window} + 1x1",
+    "dsconv_parts": "{window} + 1x1",
     "bsconv": "1x1 + {window}",
     "sepconv": "{window} + {second}",
     "blur_max_pool": "max pool {pool} + blur {window}",
 }
 
 
+def _windows(call: Call) -> str:
+    """The sizes of the call's depthwise windows."""
+    if call.weight is None:  # blur_max_pool
+        return f"{call.geometry[2]}x{call.geometry[2]}"
+    weights = call.weight if isinstance(call.weight, tuple) else (call.weight,)
+    return ", ".join(f"{weight.shape[2]}x{weight.shape[3]}" for weight in weights)
+
+
 def _explained(module: str, call: Call, taken: Backend) -> ExplainedCall:
     g = call.geometry
-    r, s = (g[2], g[2]) if call.weight is None else call.weight.shape[2:]
-    window = f"{r}x{s}" + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
+    window = _windows(call) + (f" stride {g[0]}x{g[1]}" if g[:2] != [1, 1] else "")
     second = "" if call.pw_weight is None else f"{call.pw_weight.shape[2]}x{call.pw_weight.shape[3]}"
     pool = f"{g[3]}x{g[4]}" if call.op == "blur_max_pool" else ""
     kernel = _CHAINS[call.op].format(window=window, second=second, pool=pool)

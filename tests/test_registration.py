@@ -40,11 +40,14 @@ def rand(*shape: int, dtype: torch.dtype = torch.float32, memory_format: Any = t
 # ---- schemas, fakes, opcheck ----------------------------------------------------------------------------------------
 
 
+LATER_ROOMS = ("bsconv", "sepconv", "blur_max_pool", "dsconv_parts")  # in the order of schemas.inc
+
+
 def test_functional_schemas() -> None:
     names = [schema.partition("(")[0] for schema in _library.schemas()]
     convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_bwd"]
     norms = ["dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine"]
-    rooms = [f"{room}_{which}" for room in ("bsconv", "sepconv", "blur_max_pool") for which in ("fwd", "bwd")]
+    rooms = [f"{room}_{which}" for room in LATER_ROOMS for which in ("fwd", "bwd")]
     assert names == [*convolutions, *norms, *rooms]
     for name in names:
         schema = getattr(torch.ops.effops, name).default._schema
@@ -470,6 +473,7 @@ def test_functions_are_documented_public_api() -> None:
         "BlurMaxPool2dFunction",
         "DSConv2dFunction",
         "DSConvNorm2dFunction",
+        "DSConvParts2dFunction",
         "DepthwiseConv2dFunction",
         "DepthwiseStatsFunction",
         "SeparableConvPool2dFunction",

@@ -73,24 +73,26 @@ class GradInputRows {
  public:
   static bool fits(const DepthwiseGeometry& g) { return g.stride_h == 1 && g.stride_w == 1 && g.multiplier == 1; }
 
-  // tile_rows: the most rows that `add` is given at a time.
+  // tile_rows: the most rows that `add` is given at a time. g: the geometry that spans all parts.
+  GradInputRows(Arena& arena, const DepthwiseGeometry& g, const DepthwiseParts<C>& parts, const TensorRef& destination,
+                index_t tile_rows)
+      : g_(g),
+        destination_(destination),
+        shared_(parts.shared()),
+        none_(arena, EpilogueRef{}, g.C),
+        add_(arena, with_residual(), g.C),
+        ld_(parts.padded_channels()),
+        source_{nullptr, history(g) + tile_rows, 0} {
+    if (destination.data == nullptr) return;
+    parts_ = turned(arena, parts);
+    source_.rows = static_cast<const C**>(arena.allocate(source_.capacity * sizeof(C*)));
+    if (destination.c == 1 && !shared_) return;
+    for (C*& line : lines_) line = static_cast<C*>(arena.allocate(g.W * ld_ * sizeof(C)));
+  }
+
   GradInputRows(Arena& arena, const DepthwiseGeometry& g, const TensorRef& destination, const C* weights,
                 index_t tile_rows)
-      : back_(turned(g)),
-        destination_(destination),
-        none_(arena, EpilogueRef{}, g.C),
-        ld_(round_up(g.C, kLanes<C>)),
-        source_{nullptr, (g.R - 1) * g.dilation_h + tile_rows, 0},
-        kept_pad_(g.pad_top) {
-    if (destination.data == nullptr) return;
-    const index_t taps = g.R * g.S;
-    C* flipped = static_cast<C*>(arena.allocate(taps * ld_ * sizeof(C)));
-    for (index_t t = 0; t < taps; ++t)
-      __builtin_memcpy(flipped + t * ld_, weights + (taps - 1 - t) * ld_, ld_ * sizeof(C));
-    weights_ = flipped;
-    source_.rows = static_cast<const C**>(arena.allocate(source_.capacity * sizeof(C*)));
-    if (destination.c != 1) line_ = static_cast<C*>(arena.allocate(g.W * ld_ * sizeof(C)));
-  }
+      : GradInputRows(arena, g, one_part<C>(arena, g, weights, EpilogueRef{}), destination, tile_rows) {}
 
   // How many rows before a tile's own must still be there when the tile is added.
   static index_t history(const DepthwiseGeometry& g) { return (g.R - 1) * g.dilation_h; }
@@ -107,9 +109,9 @@ class GradInputRows {
   void add(index_t p_begin, index_t p_end, const C* grad, index_t grad_ld) {
     source_.ld = grad_ld;
     for (index_t p = p_begin; p < p_end; ++p) {
-      source_.rows[p % source_.capacity] = grad + (p - p_begin) * back_.W * grad_ld;
+      source_.rows[p % source_.capacity] = grad + (p - p_begin) * g_.Q * grad_ld;
     }
-    finish_until(p_end - kept_pad_);
+    finish_until(p_end - g_.pad_top);
   }
 
   void end() { finish_until(band_.h_end); }
@@ -118,10 +120,33 @@ class GradInputRows {
   struct Rows {
     const C** rows;
     index_t capacity, ld;
-    const C* row(index_t, index_t p) const { return rows[p % capacity]; }
+    index_t column = 0;
+    const C* row(index_t, index_t p) const { return rows[p % capacity] + column; }
     index_t pixel_stride() const { return ld; }
     index_t next_row() const { return 0; }
   };
+
+  // An epilogue that adds: what `residual` rows are is told by the call.
+  static EpilogueRef with_residual() {
+    EpilogueRef epilogue;
+    epilogue.residual.data = const_cast<char*>(kZeros);
+    return epilogue;
+  }
+
+  static DepthwiseParts<C> turned(Arena& arena, const DepthwiseParts<C>& parts) {
+    auto* back = static_cast<DepthwisePart<C>*>(arena.allocate(parts.count * sizeof(DepthwisePart<C>)));
+    for (index_t i = 0; i < parts.count; ++i) {
+      const DepthwisePart<C>& part = parts.data[i];
+      const index_t taps = part.g.R * part.g.S, ld = part.ld();
+      C* flipped = static_cast<C*>(arena.allocate(taps * ld * sizeof(C)));
+      for (index_t t = 0; t < taps; ++t)
+        __builtin_memcpy(flipped + t * ld, part.weights + (taps - 1 - t) * ld, ld * sizeof(C));
+      back[i] = part;
+      back[i].g = turned(part.g);
+      back[i].weights = flipped;
+    }
+    return {back, parts.count};
+  }
 
   static DepthwiseGeometry turned(const DepthwiseGeometry& g) {
     DepthwiseGeometry back = g;
@@ -134,25 +159,40 @@ class GradInputRows {
   void finish_until(index_t h) {
     for (const index_t stop = imin(h, band_.h_end); next_ < stop; ++next_) {
       T* row = static_cast<T*>(destination_.data) + band_.n * destination_.n + next_ * destination_.h;
-      if (line_ == nullptr) {
-        const DepthwiseRow<C, T, true> kernel(back_, weights_, none_, false);
-        kernel.run(source_, band_.n, next_, 0, back_.Q, row, destination_.w, nullptr, 0);
-      } else {
-        const DepthwiseRow<C, C, false> kernel(back_, weights_, none_, false);
-        kernel.run(source_, band_.n, next_, 0, back_.Q, line_, ld_, nullptr, 0);
-        scatter_segment(line_, ld_, back_.Q, back_.C, 1, row, destination_.w, destination_.c);
+      const bool in_place = destination_.c == 1;
+      C* sum = nullptr;  // of the parts so far, where they share channels
+      for (index_t i = 0; i < parts_.count; ++i) {
+        const DepthwisePart<C>& part = parts_.data[i];
+        if (in_place && (!shared_ || i + 1 == parts_.count)) {
+          run_part<T, true>(part, row + part.channel, destination_.w, sum);
+        } else {  // another line than the one added: a kernel may compute a pixel twice
+          C* line = lines_[shared_ ? i % 2 : 0];
+          run_part<C, false>(part, line + part.channel, ld_, sum);
+          sum = shared_ ? line : nullptr;
+        }
+      }
+      if (!in_place) {
+        const C* line = lines_[shared_ ? (parts_.count - 1) % 2 : 0];
+        scatter_segment(line, ld_, g_.W, g_.C, 1, row, destination_.w, destination_.c);
       }
     }
   }
 
-  DepthwiseGeometry back_;
+  template <class D, bool Exact>
+  void run_part(const DepthwisePart<C>& part, D* dst, index_t dst_ld, const C* sum) {
+    source_.column = part.column;
+    const DepthwiseRow<C, D, Exact> kernel(part.g, part.weights, sum ? add_ : none_, sum != nullptr);
+    kernel.run(source_, band_.n, next_, 0, part.g.Q, dst, dst_ld, sum, ld_);
+  }
+
+  DepthwiseGeometry g_;
   TensorRef destination_;
-  Epilogue<C> none_;
+  bool shared_;
+  Epilogue<C> none_, add_;
   index_t ld_;
   Rows source_;
-  index_t kept_pad_;
-  const C* weights_ = nullptr;
-  C* line_ = nullptr;
+  DepthwiseParts<C> parts_{};
+  C* lines_[2] = {};
   Band band_{};
   index_t next_ = 0;
 };
@@ -164,14 +204,18 @@ class GradInputRing {
   using C = compute<T>;
 
  public:
-  GradInputRing(Arena& arena, const DepthwiseGeometry& g, const TensorRef& destination, const C* weights)
+  // g: the geometry that spans all parts.
+  GradInputRing(Arena& arena, const DepthwiseGeometry& g, const DepthwiseParts<C>& parts, const TensorRef& destination)
       : g_(g),
+        parts_(parts),
         destination_(destination),
-        weights_(weights),
-        ld_(round_up(g.out_channels(), kLanes<C>)),
+        ld_(parts.padded_channels()),
         capacity_((g.R - 1) * g.dilation_h + 1) {
     if (wanted()) ring_ = static_cast<C*>(arena.allocate(capacity_ * g.W * ld_ * sizeof(C)));
   }
+
+  GradInputRing(Arena& arena, const DepthwiseGeometry& g, const TensorRef& destination, const C* weights)
+      : GradInputRing(arena, g, one_part<C>(arena, g, weights, EpilogueRef{}), destination) {}
 
   bool wanted() const { return destination_.data != nullptr; }
 
@@ -184,22 +228,26 @@ class GradInputRing {
 
   // grad: [Q][grad_ld], the gradient at the depthwise sums of output row p. Rows come in order.
   void add(index_t p, const C* grad, index_t grad_ld) {
-    const index_t top = p * g_.stride_h - g_.pad_top;
-    flush_until(top);
-    const TapRange taps = valid_taps(p, g_.stride_h, g_.pad_top, g_.dilation_h, g_.R, g_.H);
-    for (index_t r = taps.begin; r < taps.end; ++r) {
-      const index_t h = top + r * g_.dilation_h;
-      if (h < band_.h_begin || h >= band_.h_end) continue;
-      open_until(h + 1);
-      for (index_t c = 0; c < ld_; c += kLanes<C>) {
-        add_row(slot(h) + c, weights_ + r * g_.S * ld_ + c, grad + c, grad_ld);
-      }
-    }
+    flush_until(p * g_.stride_h - g_.pad_top);
+    for (const DepthwisePart<C>& part : parts_) add_part(part, p, grad + part.column, grad_ld);
   }
 
   void end() { flush_until(band_.h_end); }
 
  private:
+  void add_part(const DepthwisePart<C>& part, index_t p, const C* grad, index_t grad_ld) {
+    const DepthwiseGeometry& g = part.g;
+    const TapRange taps = valid_taps(p, g.stride_h, g.pad_top, g.dilation_h, g.R, g.H);
+    for (index_t r = taps.begin; r < taps.end; ++r) {
+      const index_t h = p * g.stride_h - g.pad_top + r * g.dilation_h;
+      if (h < band_.h_begin || h >= band_.h_end) continue;
+      open_until(h + 1);
+      for (index_t c = 0; c < part.ld(); c += kLanes<C>) {
+        add_row(part, slot(h) + part.channel + c, part.weights + r * g.S * part.ld() + c, grad + c, grad_ld);
+      }
+    }
+  }
+
   C* slot(index_t h) const { return ring_ + h % capacity_ * g_.W * ld_; }
 
   void open_until(index_t h) {
@@ -215,22 +263,23 @@ class GradInputRing {
   }
 
   // One kernel row and one register of channels.
-  void add_row(C* row, const C* w, const C* grad, index_t grad_ld) const {
-    for (index_t t = 0; t < g_.S; ++t) {
-      const vec<C> tap = load(w + t * ld_);
-      const index_t shift = t * g_.dilation_w - g_.pad_left;
-      const index_t first = ceil_div(imax(0, -shift), g_.stride_w);
-      for (index_t q = first; q < g_.Q; ++q) {
-        const index_t x = q * g_.stride_w + shift;
-        if (x >= g_.W) break;
+  void add_row(const DepthwisePart<C>& part, C* row, const C* w, const C* grad, index_t grad_ld) const {
+    const DepthwiseGeometry& g = part.g;
+    for (index_t t = 0; t < g.S; ++t) {
+      const vec<C> tap = load(w + t * part.ld());
+      const index_t shift = t * g.dilation_w - g.pad_left;
+      const index_t first = ceil_div(imax(0, -shift), g.stride_w);
+      for (index_t q = first; q < g.Q; ++q) {
+        const index_t x = q * g.stride_w + shift;
+        if (x >= g.W) break;
         store(row + x * ld_, load(row + x * ld_) + load(grad + q * grad_ld) * tap);
       }
     }
   }
 
   const DepthwiseGeometry& g_;
+  DepthwiseParts<C> parts_;
   TensorRef destination_;
-  const C* weights_;
   index_t ld_, capacity_;
   C* ring_ = nullptr;
   Band band_{};
@@ -261,13 +310,15 @@ class GradDepthwiseWeight {
     const index_t group = source.direct() ? imax(1, kSets * kChain / g_.Q) : 1;
     for (index_t p = p_begin; p < p_end; p += group) {
       const Rows rows{n, p, imin(p_end, p + group), grad + (p - p_begin) * g_.Q * grad_ld, grad_ld};
-      const bool sliding = g_.S == 3 && g_.dilation_w == 1 && g_.stride_w <= 2;
-      if (sliding && g_.R == 3) {
-        g_.stride_w == 1 ? window<3, 1>(source, rows, 0) : window<3, 2>(source, rows, 0);
-      } else if (sliding) {
-        for (index_t r = 0; r < g_.R; ++r) {
-          g_.stride_w == 1 ? window<1, 1>(source, rows, r) : window<1, 2>(source, rows, r);
-        }
+      const bool sliding = g_.dilation_w == 1 && g_.stride_w <= 2;
+      if (sliding && g_.S == 3 && g_.R == 3) {
+        g_.stride_w == 1 ? window<3, 3, 1>(source, rows, 0) : window<3, 3, 2>(source, rows, 0);
+      } else if (sliding && g_.S == 3) {
+        row_by_row<3>(source, rows);
+      } else if (sliding && g_.S == 5) {
+        row_by_row<5>(source, rows);
+      } else if (sliding && g_.S == 7) {
+        row_by_row<7>(source, rows);
       } else {
         any(source, rows);
       }
@@ -314,8 +365,15 @@ class GradDepthwiseWeight {
     add_to_doubles<C>(sums, acc, kLanes<C>);
   }
 
-  // R x 3 taps from kernel row r0 on.
-  template <int R, int Stride, class Source>
+  template <int S, class Source>
+  EFFOPS_INLINE void row_by_row(Source& source, const Rows& rows) const {
+    for (index_t r = 0; r < g_.R; ++r) {
+      g_.stride_w == 1 ? window<1, S, 1>(source, rows, r) : window<1, S, 2>(source, rows, r);
+    }
+  }
+
+  // R x S taps from kernel row r0 on.
+  template <int R, int S, int Stride, class Source>
   __attribute__((noinline)) void window(Source& source, const Rows& rows, index_t r0) const {
     const T* x[kMaxRows][R];  // kernel row by kernel row; null outside the map
     for (index_t p = rows.p_begin; p < rows.p_end; ++p) {
@@ -327,39 +385,39 @@ class GradDepthwiseWeight {
     const index_t pixel_stride = source.pixel_stride(), channels = g_.out_channels(), count = rows.p_end - rows.p_begin;
     for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
       constexpr bool kFull = decltype(whole)::value;
-      vec<C> acc[kSets][R][3] = {};
+      vec<C> acc[kSets][R][S] = {};
       for (index_t i = 0; i < count; ++i) {
         const C* grad = rows.grad + i * g_.Q * rows.grad_ld + c;
         index_t q = 0;
         for (; q + kPixels <= g_.Q; q += kPixels) {
           const index_t first = q * Stride - g_.pad_left;
-          if (first >= 0 && first + (kPixels - 1) * Stride + 3 <= g_.W) {
-            block<kFull, R, Stride, kPixels, false>(acc, x[i], c, first, pixel_stride, grad + q * rows.grad_ld,
-                                                    rows.grad_ld);
+          if (first >= 0 && first + (kPixels - 1) * Stride + S <= g_.W) {
+            block<kFull, R, S, Stride, kPixels, false>(acc, x[i], c, first, pixel_stride, grad + q * rows.grad_ld,
+                                                       rows.grad_ld);
           } else {
-            block<kFull, R, Stride, kPixels, true>(acc, x[i], c, first, pixel_stride, grad + q * rows.grad_ld,
-                                                   rows.grad_ld);
+            block<kFull, R, S, Stride, kPixels, true>(acc, x[i], c, first, pixel_stride, grad + q * rows.grad_ld,
+                                                      rows.grad_ld);
           }
         }
         for (; q < g_.Q; ++q) {
-          block<kFull, R, Stride, 1, true>(acc, x[i], c, q * Stride - g_.pad_left, pixel_stride,
-                                           grad + q * rows.grad_ld, rows.grad_ld);
+          block<kFull, R, S, Stride, 1, true>(acc, x[i], c, q * Stride - g_.pad_left, pixel_stride,
+                                              grad + q * rows.grad_ld, rows.grad_ld);
         }
       }
 #pragma GCC unroll 3
       for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 3
-        for (int t = 0; t < 3; ++t) {
+#pragma GCC unroll 8
+        for (int t = 0; t < S; ++t) {
           const vec<C> sum = kSets == 2 ? acc[0][r][t] + acc[kSets - 1][r][t] : acc[0][r][t];
-          add_to_doubles<C>(sums_ + ((r0 + r) * 3 + t) * ld_ + c, sum, kLanes<C>);
+          add_to_doubles<C>(sums_ + ((r0 + r) * S + t) * ld_ + c, sum, kLanes<C>);
         }
       }
     });
   }
 
   // Output pixels whose first input pixel is `first`; outside the map (Border) a zero is read.
-  template <bool Full, int R, int Stride, int Pixels, bool Border>
-  EFFOPS_INLINE void block(vec<C> (&acc)[kSets][R][3], const T* const (&rows)[R], index_t c, index_t first,
+  template <bool Full, int R, int S, int Stride, int Pixels, bool Border>
+  EFFOPS_INLINE void block(vec<C> (&acc)[kSets][R][S], const T* const (&rows)[R], index_t c, index_t first,
                            index_t pixel_stride, const C* grad, index_t grad_ld) const {
     const T* const zero = reinterpret_cast<const T*>(kZeros);
     const index_t width = g_.W, lanes = g_.out_channels() - c;
@@ -370,13 +428,13 @@ class GradDepthwiseWeight {
     for (int r = 0; r < R; ++r) {
       if (rows[r] == nullptr) continue;
       const T* x = rows[r] + first * pixel_stride + c;
-#pragma GCC unroll 16
-      for (int k = 0; k < (Pixels - 1) * Stride + 3; ++k) {
+#pragma GCC unroll 32
+      for (int k = 0; k < (Pixels - 1) * Stride + S; ++k) {
         const T* at = x + k * pixel_stride;
         if (Border) at = static_cast<std::size_t>(first + k) < static_cast<std::size_t>(width) ? at : zero;
         const vec<C> value = load_lanes<Full>(at, lanes);
-#pragma GCC unroll 3
-        for (int t = 0; t < 3; ++t) {
+#pragma GCC unroll 8
+        for (int t = 0; t < S; ++t) {
           if (k >= t && (k - t) % Stride == 0 && (k - t) / Stride < Pixels) {
             const int j = (k - t) / Stride;
             acc[j % kSets][r][t] = acc[j % kSets][r][t] + value * g[j];

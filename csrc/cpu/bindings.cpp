@@ -1,6 +1,7 @@
 // The operators for the CPU key.
 #include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/blurmaxpool.h"
+#include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
@@ -62,6 +63,8 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
   library.impl("blur_max_pool_fwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::forward));
   library.impl("blur_max_pool_bwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::backward));
+  library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
+  library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
 }
 
 }  // namespace effops

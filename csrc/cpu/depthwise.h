@@ -91,11 +91,72 @@ class RowSource {
   index_t* held_ = nullptr;
 };
 
+// ---- parts ----
+
+// One depthwise window of several that read the same map side by side; most operators have one part.
+template <class C>
+struct DepthwisePart {
+  DepthwiseGeometry g;  // its own channels, window and pads
+  const C* weights;     // packed
+  Epilogue<C> epilogue;
+  index_t channel = 0;  // the first input channel it reads
+  index_t column = 0;   // the first depthwise channel it gives
+  index_t tap = 0;      // where its taps stand among the packed taps of all parts
+
+  index_t ld() const { return round_up(g.out_channels(), kLanes<C>); }
+  index_t taps() const { return g.R * g.S * ld(); }
+};
+
+template <class C>
+struct DepthwiseParts {
+  DepthwisePart<C>* data;
+  index_t count;
+
+  const DepthwisePart<C>* begin() const { return data; }
+  const DepthwisePart<C>* end() const { return data + count; }
+  const DepthwisePart<C>& last() const { return data[count - 1]; }
+  index_t channels() const { return last().column + last().g.out_channels(); }
+  index_t taps() const { return last().tap + last().taps(); }
+  // Channels up to the end of every part's last register, in the order of the columns or of the input's channels.
+  index_t padded_columns() const {
+    index_t end = 0;
+    for (const DepthwisePart<C>& part : *this) end = imax(end, part.column + part.ld());
+    return end;
+  }
+  index_t padded_channels() const {
+    index_t end = 0;
+    for (const DepthwisePart<C>& part : *this) end = imax(end, part.channel + part.ld());
+    return end;
+  }
+  bool shared() const { return count > 1 && data[1].channel == 0; }  // all read the same channels
+};
+
+template <class C>
+DepthwiseParts<C> one_part(Arena& arena, const DepthwiseGeometry& g, const C* weights, const EpilogueRef& epilogue) {
+  auto* part = static_cast<DepthwisePart<C>*>(arena.allocate(sizeof(DepthwisePart<C>)));
+  *part = DepthwisePart<C>{g, weights, Epilogue<C>(arena, epilogue, g.out_channels())};
+  return {part, 1};
+}
+
+// The rows of a source as a part sees them: from its first channel on. A ring keeps every row that any part still needs
+// where all parts do one output row before the next.
+template <class Source>
+struct PartRows {
+  Source& source;
+  index_t channel;
+  auto row(index_t n, index_t h) { return source.row(n, h) + channel; }
+  index_t pixel_stride() const { return source.pixel_stride(); }
+  index_t next_row() const { return source.next_row(); }
+  bool direct() const { return source.direct(); }
+};
+
 // ---- forward ----
 
-// 7 divides the maps of ImageNet networks, 4 those of CIFAR's; the wide block needs more than 16 registers.
+// 7 divides the maps of ImageNet networks, 4 and 8 those of CIFAR's; the wide blocks need more than 16 registers. A block
+// of 8 has as many chains of sums as two FMA ports of latency 4 take.
 constexpr int kSmallBlock = 4;
 constexpr int kWideBlock = EFFOPS_VECTOR_BYTES == 64 ? 7 : 4;
+constexpr int kFullBlock = EFFOPS_VECTOR_BYTES == 64 ? 8 : 4;
 
 alignas(64) constexpr char kZeros[EFFOPS_VECTOR_BYTES] = {};  // a pixel outside the map
 
@@ -157,6 +218,10 @@ class DepthwiseRow {
       sliding<5, 1>(s);
     } else if (g_.dilation_w == 1 && g_.S == 5 && g_.stride_w == 2) {
       sliding<5, 2>(s);
+    } else if (g_.dilation_w == 1 && g_.S == 7 && g_.stride_w == 1) {
+      sliding<7, 1>(s);
+    } else if (g_.dilation_w == 1 && g_.S == 7 && g_.stride_w == 2) {
+      sliding<7, 2>(s);
     } else if (g_.S == 1) {
       sliding<1, 0>(s);
     } else {
@@ -208,7 +273,9 @@ class DepthwiseRow {
     const Segment s = segment;
     const Clamp out = out_;
     constexpr int kWide = S <= 3 ? kWideBlock : kSmallBlock;
-    if (s.count >= kWide && round_up(s.count, kWide) <= round_up(s.count, kSmallBlock)) {
+    if (S > 1 && s.count >= kFullBlock && (s.count % kFullBlock == 0 || S > 3)) {
+      blocks<S, Stride, S == 1 ? kWide : kFullBlock>(out, s);
+    } else if (s.count >= kWide && round_up(s.count, kWide) <= round_up(s.count, kSmallBlock)) {
       blocks<S, Stride, kWide>(out, s);
     } else if (s.count >= kSmallBlock) {
       blocks<S, Stride, kSmallBlock>(out, s);
@@ -252,7 +319,7 @@ class DepthwiseRow {
 #pragma GCC unroll 8
       for (int t = 0; t < S; ++t) tap[t] = load(w + t * ld_);
       constexpr int kPixels = Stride ? (Block - 1) * Stride + S : Block;
-#pragma GCC unroll 16
+#pragma GCC unroll 32
       for (int k = 0; k < kPixels; ++k) {
         const index_t pixel = Stride ? k : k * stride;
         const T* at = x + pixel * s.pixel_stride;

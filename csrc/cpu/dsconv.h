@@ -1,9 +1,13 @@
 // Room dsconv: depthwise -> epilogue -> pointwise -> epilogue in one pass; with passthrough channels in front of the
-// depthwise ones and the last `keep` depthwise channels copied to the output (VGNet). Included inside namespace
-// effops::<isa>::{anonymous}; see kernels.inl.
+// depthwise ones and the last `keep` depthwise channels copied to the output (VGNet); or with several depthwise windows,
+// the parts, side by side (Multiception, MixConv). Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
 //   input rows --dw--> z tile [pixels][Cz] in L1/L2 --gemm with packed W--> output rows (NHWC: straight from registers)
 //   passthrough ------^                                                 `--> scratch, epilogue, transposed store
+//
+//   with parts:   input row h  --dw 3x3--> z [pixels][0, C)
+//   (a row is read once         --dw 5x5-->   [pixels][C, 2C)      the concatenation is the tile; parts of shared
+//    for all windows)           --dw 7x7-->   [pixels][2C, 3C)     channels or each of its own
 //
 // The depthwise result exists only as the tile. Work is cut into ranges of output rows; where the whole map is one tile
 // (14x14 and 7x7 at batch 1), into ranges of output channels. Bytes moved: each input once plus the halo rows of a
@@ -11,6 +15,38 @@
 //
 // With a norm the K output channels go to norm.activated, the moments of each tile are taken while it is in cache, and
 // `normalise` (batchnorm.h) makes the output of it.
+
+// A per-channel vector and an epilogue from channel `first` on.
+inline ChannelRef from_channel(ChannelRef vector, index_t first) {
+  const index_t size = vector.dtype == DType::f64 ? 8 : vector.dtype == DType::f32 ? 4 : 2;
+  if (vector.data != nullptr) vector.data = static_cast<const char*>(vector.data) + first * vector.stride * size;
+  return vector;
+}
+inline EpilogueRef from_channel(EpilogueRef epilogue, index_t first) {
+  epilogue.bias = from_channel(epilogue.bias, first);
+  epilogue.scale = from_channel(epilogue.scale, first);
+  epilogue.shift = from_channel(epilogue.shift, first);
+  return epilogue;
+}
+
+// The depthwise convolutions of a call: one, or its parts.
+template <class T>
+DepthwiseParts<compute<T>> pack_parts(Arena& arena, const DsconvForwardArgs& args) {
+  using C = compute<T>;
+  if (args.parts == nullptr) {
+    return one_part<C>(arena, args.g, pack_depthwise_weights<T>(arena, args.g, args.dw_weight), args.dw_epilogue);
+  }
+  auto* parts = static_cast<DepthwisePart<C>*>(arena.allocate(args.num_parts * sizeof(DepthwisePart<C>)));
+  index_t column = 0, tap = 0;
+  for (index_t i = 0; i < args.num_parts; ++i) {
+    const DepthwisePartArgs& part = args.parts[i];
+    const Epilogue<C> epilogue(arena, from_channel(args.dw_epilogue, column), part.g.out_channels());
+    parts[i] = {part.g, pack_depthwise_weights<T>(arena, part.g, part.weight), epilogue, part.channel, column, tap};
+    column += part.g.out_channels();
+    tap += parts[i].taps();
+  }
+  return {parts, args.num_parts};
+}
 
 template <class T>
 struct DsconvForward {
@@ -26,10 +62,10 @@ struct DsconvForward {
   const DsconvForwardArgs& args;
   const DepthwiseGeometry& g;
   Arena shared{Arena::kCall};
+  const DepthwiseParts<C> parts;
   const index_t dw_channels, Cz, ldz, k_steps, pixels;
   const Panels panels;
-  const C* dw_weights;
-  Epilogue<C> dw_epilogue, pw_epilogue;
+  Epilogue<C> pw_epilogue;
   const TensorRef result;      // the pointwise's K channels
   Moments* moments = nullptr;  // with a norm: one a task
   bool direct, simple;
@@ -38,14 +74,14 @@ struct DsconvForward {
   explicit DsconvForward(const DsconvForwardArgs& a)
       : args(a),
         g(a.g),
-        dw_channels(g.out_channels()),
+        parts(pack_parts<T>(shared, a)),
+        dw_channels(parts.channels()),
         Cz(a.passthrough_channels + dw_channels),
-        ldz(row_distance<Z>(a.passthrough_channels + round_up(dw_channels + (kDot ? 1 : 0), kLanes<C>))),
+        ldz(row_distance<Z>(a.passthrough_channels +
+                            imax(parts.padded_columns(), round_up(dw_channels + (kDot ? 1 : 0), kLanes<C>)))),
         k_steps(kDot ? ceil_div(Cz, 2) : Cz),
         pixels(g.N * g.P * g.Q),
         panels(a.K, kLanes<C>),
-        dw_weights(pack_depthwise_weights<T>(shared, g, a.dw_weight)),
-        dw_epilogue(shared, a.dw_epilogue, dw_channels),
         pw_epilogue(shared, ahead_of_norm(a), a.K),
         result(pointwise_result(a)),
         direct(result.c == 1),
@@ -108,7 +144,9 @@ struct DsconvForward {
   }
 
   double depthwise_cost() const {
-    return static_cast<double>(pixels) * (ceil_div(dw_channels, kLanes<C>) * (g.R * g.S + 4));
+    double cost = 0;
+    for (const DepthwisePart<C>& part : parts) cost += part.ld() / kLanes<C> * (part.g.R * part.g.S + 4);
+    return static_cast<double>(pixels) * cost;
   }
   double product_cost() const { return static_cast<double>(pixels) * k_steps * panels.vectors; }
 
@@ -197,7 +235,7 @@ struct DsconvForward {
     C* dw_residual = nullptr;
 
     Loader(const DsconvForward& o, Arena& arena, index_t tile_pixels) : op(o), source(arena, op.args.input, op.g) {
-      if (op.dw_epilogue.residual.data) {
+      if (op.args.dw_epilogue.residual.data) {
         dw_residual = static_cast<C*>(arena.allocate(tile_pixels * op.ldz * sizeof(C)));
       }
     }
@@ -292,11 +330,15 @@ struct DsconvForward {
     const index_t passthrough = args.passthrough_channels;
     if (passthrough > 0 && copy_passthrough)
       gather_pixels<T>(args.passthrough, begin, end, g.P, g.Q, 0, passthrough, z, ldz);
-    if (dw_residual) gather_pixels<T>(dw_epilogue.residual, begin, end, g.P, g.Q, 0, dw_channels, dw_residual, ldz);
-    const DepthwiseRow<T, Z, false> kernel(g, dw_weights, dw_epilogue, true);
+    if (dw_residual)
+      gather_pixels<T>(args.dw_epilogue.residual, begin, end, g.P, g.Q, 0, dw_channels, dw_residual, ldz);
     for_each_row_segment(begin, end, g.P, g.Q, [&](index_t n, index_t p, index_t q, index_t count, index_t offset) {
-      kernel.run(source, n, p, q, count, z + offset * ldz + passthrough, ldz,
-                 dw_residual ? dw_residual + offset * ldz : nullptr, ldz);
+      for (const DepthwisePart<C>& part : parts) {  // in order: the last register of one reaches into the next
+        PartRows<RowSource<T>> rows{source, part.channel};
+        const DepthwiseRow<T, Z, false> kernel(part.g, part.weights, part.epilogue, true);
+        kernel.run(rows, n, p, q, count, z + offset * ldz + passthrough + part.column, ldz,
+                   dw_residual ? dw_residual + offset * ldz : nullptr, ldz);
+      }
     });
     if constexpr (kDot) {
       if (Cz % 2 != 0) {  // the odd channel's partner: its weight is zero, so it must not be NaN

@@ -15,14 +15,15 @@ struct DsconvBackward {
   const DsconvForwardArgs& fwd;
   const DepthwiseGeometry& g;
   Arena shared{Arena::kCall};
+  const DepthwiseParts<C> parts;
   const index_t dw_channels, passthrough, Cz, K;
   const index_t ld_dw, ldz, ldk;
-  const C* dw_weights;
   const bool has_norm;
   const Epilogue<C> dw_epilogue, pw_epilogue;
   const TensorRef saved;   // act(conv + bias), where it is there
   const bool from_output;  // and tells the derivative
-  const bool want_gz;      // anything before the pointwise
+  const bool want_dw_weight;
+  const bool want_gz;  // anything before the pointwise
   const bool raw_v, raw_u, want_z;
   const BandPlan plan;
   const Panels panels_k, panels_c;
@@ -44,14 +45,14 @@ struct DsconvBackward {
       : args(a),
         fwd(a.forward),
         g(a.forward.g),
-        dw_channels(g.out_channels()),
+        parts(pack_parts<T>(shared, a.forward)),
+        dw_channels(parts.channels()),
         passthrough(fwd.passthrough_channels),
         Cz(passthrough + dw_channels),
         K(fwd.K),
         ld_dw(round_up(dw_channels, kLanes<C>)),
-        ldz(row_distance<C>(passthrough + ld_dw)),
+        ldz(row_distance<C>(passthrough + imax(ld_dw, parts.padded_columns()))),
         ldk(row_distance<C>(K)),
-        dw_weights(pack_depthwise_weights<T>(shared, g, fwd.dw_weight)),
         has_norm(fwd.norm.activated.data != nullptr),
         dw_epilogue(shared, fwd.dw_epilogue, dw_channels),
         pw_epilogue(shared, has_norm ? epilogue_with_norm<C>(shared, fwd.pw_epilogue, fwd.norm, K) : fwd.pw_epilogue,
@@ -59,19 +60,19 @@ struct DsconvBackward {
         saved(has_norm ? fwd.norm.activated : fwd.output),
         from_output(has_norm ? output_gives_gradient(fwd.pw_epilogue.activation, fwd.pw_epilogue.slope)
                              : saved.data != nullptr),
-        want_gz(a.grad_input.data || a.grad_passthrough.data || a.grad_dw_weight || any(a.dw_grads)),
+        want_dw_weight(fwd.parts ? fwd.parts[0].grad_weight != nullptr : a.grad_dw_weight != nullptr),
+        want_gz(a.grad_input.data || a.grad_passthrough.data || want_dw_weight || any(a.dw_grads)),
         raw_v(!from_output &&
               (has_norm ? pw_epilogue.activation != Activation::none : needs_raw(pw_epilogue, a.pw_grads))),
         raw_u(want_gz && needs_raw(dw_epilogue, a.dw_grads)),
         want_z(raw_v || a.grad_pw_weight),
         plan(g, a.grad_input.data != nullptr,
-             depthwise_cost(g, ld_dw, kLanes<C>) +
-                 static_cast<double>(g.N) * g.P * g.Q * (1 + want_gz + raw_v) * Cz * ldk / kLanes<C>),
+             parts_cost() + static_cast<double>(g.N) * g.P * g.Q * (1 + want_gz + raw_v) * Cz * ldk / kLanes<C>),
         panels_k(K, kLanes<C>),
         panels_c(Cz, kLanes<C>) {
     if (raw_v) packed_forward = pack(fwd.pw_stride_c, fwd.pw_stride_k, Cz, K, panels_k);
     if (want_gz) packed_backward = pack(fwd.pw_stride_k, fwd.pw_stride_c, K, Cz, panels_c);
-    if (a.grad_dw_weight) dw_sums = partial_sums<double>(shared, plan.slots, g.R * g.S * ld_dw);
+    if (want_dw_weight) dw_sums = partial_sums<double>(shared, plan.slots, parts.taps());
     if (a.grad_pw_weight) pw_sums = partial_sums<C>(shared, plan.slots, K * ldz);
     dw_epilogue_sums = epilogue_sums(shared, a.dw_grads, dw_channels, plan.slots);
     pw_grads = a.pw_grads;
@@ -80,6 +81,12 @@ struct DsconvBackward {
       norm = norm_gradient<T>(shared, g, fwd.norm, pw_epilogue, a.grad_output, fwd.keep, K, a.pw_grads);
     }
     pw_epilogue_sums = epilogue_sums(shared, pw_grads, K, plan.slots);
+  }
+
+  double parts_cost() const {
+    double cost = 0;
+    for (const DepthwisePart<C>& part : parts) cost += depthwise_cost(part.g, part.ld(), kLanes<C>);
+    return cost;
   }
 
   C* pack(index_t row_stride, index_t column_stride, index_t k, index_t columns, const Panels& panels) {
@@ -94,8 +101,11 @@ struct DsconvBackward {
   void run() {
     run_tasks(plan.slots, [&](index_t slot) { Slot(*this, slot).run(); });
     if (dw_sums) {
-      reduce_slots(dw_sums, plan.slots, g.R * g.S * ld_dw);
-      write_depthwise_weight_grad<T>(g, dw_sums, args.grad_dw_weight);
+      reduce_slots(dw_sums, plan.slots, parts.taps());
+      for (index_t i = 0; i < parts.count; ++i) {
+        void* destination = fwd.parts ? fwd.parts[i].grad_weight : args.grad_dw_weight;
+        write_depthwise_weight_grad<T>(parts.data[i].g, dw_sums + parts.data[i].tap, destination);
+      }
     }
     if (pw_sums) {
       reduce_slots(pw_sums, plan.slots, K * ldz);
@@ -123,8 +133,8 @@ struct DsconvBackward {
           g(o.g),
           slot(s),
           rows(imax(1, tile_pixels((o.ldz + o.ldk) * sizeof(C), o.g.Q) / o.g.Q)),
-          depthwise(arena, o.g, RowSource<T>(arena, o.fwd.input, o.g), o.args.grad_input, o.dw_weights,
-                    o.dw_sums ? o.dw_sums + s * o.g.R * o.g.S * o.ld_dw : nullptr, rows, o.ldz, o.passthrough),
+          depthwise(arena, o.g, o.parts, RowSource<T>(arena, o.fwd.input, o.g), o.args.grad_input,
+                    o.dw_sums ? o.dw_sums + s * o.parts.taps() : nullptr, rows, o.ldz, o.passthrough),
           dw_own(slot_of(o.dw_epilogue_sums, s, o.dw_channels)),
           pw_own(slot_of(o.pw_epilogue_sums, s, o.K)),
           grad_output(arena, o.args.grad_output, g, o.fwd.keep, o.K, rows * g.Q),
@@ -181,9 +191,7 @@ struct DsconvBackward {
     // u and z
     void recompute(const Tile& t) {
       if (dw_residual) gather(op.dw_epilogue.residual, t, 0, op.dw_channels, dw_residual, op.ldz);
-      if (u)
-        recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, false, t.n, t.p_begin, t.p_end, u,
-                               op.ldz, nullptr);
+      if (u) recompute_parts(t, false, u, nullptr);
       if (z == nullptr) return;
       if (op.passthrough > 0) gather(op.fwd.passthrough, t, 0, op.passthrough, z, op.ldz);
       C* dw_part = z + op.passthrough;
@@ -191,8 +199,18 @@ struct DsconvBackward {
         copy_rows(u, op.ldz, t.pixels(), op.ld_dw, dw_part, op.ldz);
         apply_epilogue_rows(op.dw_epilogue, t.pixels(), op.dw_channels, dw_part, op.ldz, dw_residual, op.ldz);
       } else {
-        recompute_depthwise<T>(depthwise.source, g, op.dw_weights, op.dw_epilogue, true, t.n, t.p_begin, t.p_end,
-                               dw_part, op.ldz, dw_residual);
+        recompute_parts(t, true, dw_part, dw_residual);
+      }
+    }
+
+    void recompute_parts(const Tile& t, bool with_epilogue, C* tile, const C* residual) {
+      for (index_t p = t.p_begin; p < t.p_end; ++p) {
+        const index_t at = (p - t.p_begin) * g.Q * op.ldz;
+        for (const DepthwisePart<C>& part : op.parts) {
+          PartRows<RowSource<T>> rows{depthwise.source, part.channel};
+          const DepthwiseRow<T, C, false> kernel(part.g, part.weights, part.epilogue, with_epilogue);
+          kernel.run(rows, t.n, p, 0, g.Q, tile + at + part.column, op.ldz, residual ? residual + at : nullptr, op.ldz);
+        }
       }
     }
 

@@ -14,22 +14,29 @@ class DepthwiseSlot {
  public:
   Source source;
 
-  // Tiles have at most `rows` output rows of pixels `ld` apart; the depthwise channels start at `first`.
-  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const Source& rows_of_input, const TensorRef& grad_input,
-                const C* weights, double* weight_sums, index_t rows, index_t ld, index_t first)
+  // Tiles have at most `rows` output rows of pixels `ld` apart; the depthwise channels start at `first`. g spans all
+  // parts.
+  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const DepthwiseParts<C>& parts, const Source& rows_of_input,
+                const TensorRef& grad_input, double* weight_sums, index_t rows, index_t ld, index_t first)
       : source(rows_of_input),
         g_(g),
+        parts_(parts),
         wanted_(grad_input.data != nullptr),
         whole_rows_(GradInputRows<T>::fits(g)),
-        grad_rows_(arena, g, wanted_ && whole_rows_ ? grad_input : TensorRef{}, weights, rows),
-        grad_ring_(arena, g, wanted_ && !whole_rows_ ? grad_input : TensorRef{}, weights),
-        grad_weight_(g, weight_sums),
+        grad_rows_(arena, g, parts, wanted_ && whole_rows_ ? grad_input : TensorRef{}, rows),
+        grad_ring_(arena, g, parts, wanted_ && !whole_rows_ ? grad_input : TensorRef{}),
+        weight_sums_(weight_sums),
         ld_(ld),
         first_(first) {
     // Room for the rows that finished tiles must leave for later ones, wherever in it a tile starts.
     capacity_ = wanted_ && whole_rows_ ? 2 * rows + GradInputRows<T>::history(g) : rows;
     tiles_ = static_cast<C*>(arena.allocate(capacity_ * g.Q * ld * sizeof(C)));
   }
+
+  DepthwiseSlot(Arena& arena, const DepthwiseGeometry& g, const Source& rows_of_input, const TensorRef& grad_input,
+                const C* weights, double* weight_sums, index_t rows, index_t ld, index_t first)
+      : DepthwiseSlot(arena, g, one_part<C>(arena, g, weights, EpilogueRef{}), rows_of_input, grad_input, weight_sums,
+                      rows, ld, first) {}
 
   // Where the gradient of the next `rows` output rows goes: [rows * Q][ld].
   C* place(index_t rows) {
@@ -51,7 +58,7 @@ class DepthwiseSlot {
   // The tile placed last holds output rows [p_begin, p_end) of image n.
   void take(index_t n, index_t p_begin, index_t p_end, bool owned, bool needed) {
     const C* grad = tile_ + first_;
-    if (owned && grad_weight_.wanted()) grad_weight_.add(source, n, p_begin, p_end, grad, ld_);
+    if (owned && weight_sums_) add_weights(n, p_begin, p_end, grad);
     if (!needed || !wanted_) return;
     if (whole_rows_) {
       grad_rows_.add(p_begin, p_end, grad, ld_);
@@ -66,11 +73,24 @@ class DepthwiseSlot {
   }
 
  private:
+  // Of the rows that come through a ring, one at a time for all parts.
+  void add_weights(index_t n, index_t p_begin, index_t p_end, const C* grad) {
+    const index_t step = source.direct() || parts_.count == 1 ? p_end - p_begin : 1;
+    for (index_t p = p_begin; p < p_end; p += step) {
+      for (const DepthwisePart<C>& part : parts_) {
+        PartRows<Source> rows{source, part.channel};
+        const GradDepthwiseWeight<T> sums(part.g, weight_sums_ + part.tap);
+        sums.add(rows, n, p, p + step, grad + (p - p_begin) * g_.Q * ld_ + part.column, ld_);
+      }
+    }
+  }
+
   const DepthwiseGeometry& g_;
+  DepthwiseParts<C> parts_;
   bool wanted_, whole_rows_;
   GradInputRows<T> grad_rows_;
   GradInputRing<T> grad_ring_;
-  GradDepthwiseWeight<T> grad_weight_;
+  double* weight_sums_;
   index_t ld_, first_;
   C *tiles_ = nullptr, *tile_ = nullptr;
   index_t capacity_ = 0, used_ = 0;

@@ -27,6 +27,7 @@ from effops.functional.dwconv import (
     fixed_filter_conv2d,
     shared_depthwise_conv2d,
 )
+from effops.functional.multiception import mix_conv2d, multiception_conv2d
 from effops.functional.sepconv import separable_conv_pool2d
 from effops.ops.epilogue import BatchNorm
 
@@ -41,5 +42,7 @@ __all__ = [
     "fixed_filter_conv2d",
     "half_identity2d",
     "separable_conv_pool2d",
+    "mix_conv2d",
+    "multiception_conv2d",
     "shared_depthwise_conv2d",
 ]

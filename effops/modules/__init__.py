@@ -13,6 +13,7 @@ from effops.modules.bsconv import BSConvS, BSConvU, orthonormal_loss
 from effops.modules.dsconv import FusedDSConv
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
 from effops.modules.effnet import EffNetBlock, SeparableConvPool2d
+from effops.modules.multiception import MixConv2d, MulticeptionConv2d
 from effops.modules.vgnet import DownsamplingBlock, HalfIdentityBlock
 
 __all__ = [
@@ -27,6 +28,8 @@ __all__ = [
     "FusedDSConv",
     "HalfIdentityBlock",
     "SeparableConvPool2d",
+    "MixConv2d",
+    "MulticeptionConv2d",
     "SharedDepthwiseConv2d",
     "ds_conv_key_map",
     "orthonormal_loss",

@@ -14,6 +14,7 @@ MAX_INT = 2**31 - 1
 STRIDE_H, STRIDE_W, PAD_TOP, PAD_BOTTOM, PAD_LEFT, PAD_RIGHT, DILATION_H, DILATION_W = range(8)
 MULTIPLIER, CHANNELS_LAST, ACTIVATION, POST_ACTIVATION = range(8, 12)
 PW_ACTIVATION, PW_POST_ACTIVATION, KEEP, TF32 = range(12, 16)
+SPLIT, MORE_PADS = range(14, 16)  # of dsconv_parts_*, where the pads of the second part start
 BANK = -1  # the last of either room: 0, or 1 + the place in banks.BANKS of the named bank that the weight holds
 
 
@@ -144,6 +145,13 @@ def output_size(height: int, width: int, kernel_h: int, kernel_w: int, geometry:
         (height + top + bottom - dh * (kernel_h - 1) - 1) // sh + 1,
         (width + left + right - dw * (kernel_w - 1) - 1) // sw + 1,
     )
+
+
+def part_geometry(geometry: list[int], part: int) -> list[int]:
+    """The depthwise convolution's 12 ints of one part of `dsconv_parts_*`, without its activations."""
+    more = MORE_PADS + 4 * (part - 1)
+    pads = geometry[PAD_TOP : PAD_RIGHT + 1] if part == 0 else geometry[more : more + 4]
+    return [*geometry[:PAD_TOP], *pads, *geometry[DILATION_H:ACTIVATION], 0, 0]
 
 
 def is_channels_last(x: Tensor) -> bool:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -28,12 +30,7 @@ def dsconv(
     z = dwconv(input, dw_weight, geometry, dw_epilogue)
     if passthrough is not None:
         z = torch.cat((passthrough, z), 1)
-    bias = epilogue.bias
-    if bias is not None and bias.dtype == z.dtype:
-        y = F.conv2d(z, pw_weight, bias)
-        epilogue = epilogue._replace(bias=None)
-    else:
-        y = F.conv2d(z, pw_weight)
+    y, epilogue = _pointwise(z, pw_weight, epilogue)
     if norm is None:
         y = apply_epilogue(y, epilogue)
     else:
@@ -43,6 +40,40 @@ def dsconv(
     if keep:
         y = torch.cat((z[:, z.shape[1] - keep :], y), 1)
     return G.in_format(y, geometry[G.CHANNELS_LAST])
+
+
+def _pointwise(z: Tensor, pw_weight: Tensor, epilogue: Epilogue) -> tuple[Tensor, Epilogue]:
+    """The convolution, with the bias where torch's takes it, and what is left of its epilogue."""
+    bias = epilogue.bias
+    if bias is not None and bias.dtype == z.dtype:
+        return F.conv2d(z, pw_weight, bias), epilogue._replace(bias=None)
+    return F.conv2d(z, pw_weight), epilogue
+
+
+def dsconv_parts(
+    input: Tensor,
+    dw_weights: Sequence[Tensor],
+    dw_epilogue: Epilogue,
+    pw_weight: Tensor,
+    epilogue: Epilogue,
+    geometry: list[int],
+) -> Tensor:
+    """y = pw_chain(cat of the parts' dw_chain), each part over all channels of the input or over its own (split)."""
+    z, column, channel = [], 0, 0
+    for part, weight in enumerate(dw_weights):
+        channels = weight.shape[0]
+        columns = slice(column, column + channels)
+        of_part = dw_epilogue._replace(
+            bias=None if dw_epilogue.bias is None else dw_epilogue.bias[columns],
+            scale=None if dw_epilogue.scale is None else dw_epilogue.scale[columns],
+            shift=None if dw_epilogue.shift is None else dw_epilogue.shift[columns],
+        )
+        x = input[:, channel : channel + channels]
+        z.append(dwconv(x, weight, G.part_geometry(geometry, part), of_part))
+        column += channels
+        channel += channels if geometry[G.SPLIT] else 0
+    y, epilogue = _pointwise(torch.cat(z, 1), pw_weight, epilogue)
+    return G.in_format(apply_epilogue(y, epilogue), geometry[G.CHANNELS_LAST])
 
 
 def normalise(activated: Tensor, norm: BatchNorm, epilogue: Epilogue) -> Tensor:
