@@ -273,7 +273,7 @@ class DepthwiseRow {
     const Segment s = segment;
     const Clamp out = out_;
     constexpr int kWide = S <= 3 ? kWideBlock : kSmallBlock;
-    if (S > 1 && s.count >= kFullBlock && (s.count % kFullBlock == 0 || S > 3)) {
+    if (S > 1 && s.count >= kFullBlock && (S > 3 || (s.count % kFullBlock == 0 && s.count % kWide != 0))) {
       blocks<S, Stride, S == 1 ? kWide : kFullBlock>(out, s);
     } else if (s.count >= kWide && round_up(s.count, kWide) <= round_up(s.count, kSmallBlock)) {
       blocks<S, Stride, kWide>(out, s);
