@@ -44,7 +44,7 @@ REASONS: dict[str, str] = {
     "sums; without recomputed sums (another instantiation) it has 50%",
     r"forward_kernel<.*Window<5, 5": "the 50 taps of two channels stay in registers: read again for each column they "
     "would be most of the accesses",
-    r"forward_kernel<.*, false, \d>$": "the values of any activation with an exponential beside the window's",
+    r"forward_(rows_)?kernel<.*, false, \d>$": "the values of any activation with an exponential beside the window's",
     r"(input|weight)_gradient_kernel<.*Window<5, 5": "as the forward's 5x5: 50 taps, or 50 sums, of two channels",
     r"statistics_kernel<": "a thread's moments, in double from its own pixels on, beside the window's sums",
     "weight_gradient_any_kernel<double": "sums of double take two registers each",
@@ -104,6 +104,7 @@ class Kernel:
 
     Attributes:
         bound: threads of its __launch_bounds__.
+        bytewise: instructions that move one byte, of global or shared memory.
     """
 
     name: str
@@ -111,6 +112,7 @@ class Kernel:
     bound: int
     usage: dict[int, Usage]
     launches: Launches = field(default_factory=dict)
+    bytewise: int = 0
 
 
 # ---- reading what the tools say: what cannot be read is an error, never a zero ---------------------------------------
@@ -140,6 +142,20 @@ def parse_bounds(ptx: str) -> dict[str, int]:
     if not bounds:
         raise ValueError("no kernel in the PTX")
     return bounds
+
+
+_BYTEWISE = re.compile(r"^\s*(?:@\S+ )?(?:ld|st)\.(?:global|shared)\S*\.[bus]8\s", re.MULTILINE)
+
+
+def parse_bytewise(ptx: str) -> dict[str, int]:
+    """Loads and stores of single bytes in each kernel that has them: no element is so small, so these are pieces of one
+    whose alignment the compiler did not know. Functions that are not inlined count as the kernel's before them."""
+    starts = [*_ENTRY.finditer(ptx)]
+    ends = [match.start() for match in starts[1:]] + [len(ptx)]
+    counts = {
+        match["name"]: len(_BYTEWISE.findall(ptx, match.end(), end)) for match, end in zip(starts, ends, strict=True)
+    }
+    return {name: count for name, count in counts.items() if count}
 
 
 def parse_resources(text: str, arch: int, names: Iterable[str]) -> dict[str, Usage]:
@@ -218,7 +234,7 @@ def compile_source(source: Path, archs: Iterable[int]) -> list[Kernel]:
     with tempfile.TemporaryDirectory() as folder:
         ptx = Path(folder) / "kernels.ptx"
         run_tool("nvcc", "-std=c++20", "-I.", f"-arch={VIRTUAL}", "-ptx", "-o", ptx, source)
-        bounds = parse_bounds(ptx.read_text())
+        bounds, bytewise = parse_bounds(ptx.read_text()), parse_bytewise(ptx.read_text())
 
         def assemble(arch: int) -> dict[str, Usage]:
             output = run_tool("ptxas", "-v", f"-arch=sm_{arch}", "-o", Path(folder) / f"sm_{arch}.cubin", ptx)
@@ -229,7 +245,13 @@ def compile_source(source: Path, archs: Iterable[int]) -> list[Kernel]:
     names = short_names(bounds)
     return sorted(
         (
-            Kernel(names[name], source.name, bound, {arch: usages[arch][name] for arch in archs})
+            Kernel(
+                names[name],
+                source.name,
+                bound,
+                {arch: usages[arch][name] for arch in archs},
+                bytewise=bytewise.get(name, 0),
+            )
             for name, bound in bounds.items()
         ),
         key=lambda kernel: kernel.name,
@@ -296,6 +318,8 @@ def faults(kernel: Kernel, arch: int) -> Iterator[str]:
     usage, gpu = kernel.usage[arch], GPUS[arch]
     if usage.stack or usage.spills:
         yield f"spills: {usage.stack} bytes of stack a thread, {usage.spills} bytes of spill stores and loads"
+    if kernel.bytewise:
+        yield f"{kernel.bytewise} loads and stores of single bytes"
     if usage.local:
         yield f"{usage.local} bytes of local memory a thread"
     for launch in sorted(kernel.launches.get(arch, ())):

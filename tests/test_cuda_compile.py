@@ -49,7 +49,8 @@ def test_table_lists_every_kernel(kernels: list[Kernel]) -> None:
 # ---- the check can fail ----------------------------------------------------------------------------------------------
 
 # A kernel that is fine, one whose accumulators cannot fit the registers that its bound leaves, one with an array that
-# is indexed by what is only known when it runs, and one that calls a function with such an array.
+# is indexed by what is only known when it runs, one that calls a function with such an array, and one that copies from
+# an address whose alignment nobody told.
 FAULTY = """
 #include "csrc/cuda/device.h"
 
@@ -88,6 +89,12 @@ __device__ __noinline__ float count(const float* data, int n) {
 
 EFFOPS_KERNEL(256, 4) calling_kernel(EFFOPS_PARAMS Params params) { params.data[0] = count(params.data, params.n); }
 
+EFFOPS_KERNEL(256, 4) bytewise_kernel(EFFOPS_PARAMS Params params) {
+  float value;
+  memcpy(&value, params.data + params.n, 4);
+  params.data[threadIdx.x] = value;
+}
+
 }  // namespace effops::cuda
 """
 
@@ -97,12 +104,14 @@ def test_faulty_kernels_are_complained_of(nvcc: None, tmp_path: Path, arch: int)
     source = tmp_path / "faulty.cu"
     source.write_text(FAULTY)
     found = {kernel.name: kernel for kernel in cuda_compile.compile_source(source, [arch])}
-    assert set(found) == {"good_kernel", "spilling_kernel", "indexing_kernel", "calling_kernel"}
+    assert set(found) == {"good_kernel", "spilling_kernel", "indexing_kernel", "calling_kernel", "bytewise_kernel"}
     assert found["good_kernel"].bound == 256 and found["good_kernel"].usage[arch].registers > 0
     for name, kernel in found.items():
         wrong = list(cuda_compile.faults(kernel, arch))
         if name == "good_kernel":
             assert not wrong
+        elif name == "bytewise_kernel":
+            assert wrong == ["4 loads and stores of single bytes"]
         else:
             assert len(wrong) == 1 and re.match(r"spills: [1-9]\d* bytes of stack a thread", wrong[0]), name
 

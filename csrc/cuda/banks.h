@@ -1,6 +1,11 @@
-// Fixed banks of effops/ops/dwconv/banks.py whose taps the kernels have as constants in their instructions: those with
-// one or two kernels, so that it is known which kernel a pair of neighbouring channels uses. The taps of larger banks
-// depend on the thread; they are read once a strip, as learned ones are. A test compares the values with banks.py.
+// The fixed banks of effops/ops/dwconv/banks.py, whose taps the kernels have as constants in their instructions. So that
+// the constants do not depend on the thread, a thread owns as many neighbouring channels as its bank has kernels, or two:
+//
+//   vgnet8, vgnet4    3x3, stride 1: VGNet's edge kernels; 8 and 4 channels. Where the channels are no multiple of that,
+//                     the taps are read, as learned ones are
+//   the others        3x3 and 5x5, stride 2: VGNet's blurs, the binomials; 2 channels
+//
+// A test compares the values with banks.py.
 #pragma once
 
 #include <utility>
@@ -13,15 +18,35 @@ struct FixedBank {
   const char* name;
   int code;           // DepthwiseGeometry::named_bank
   int size, kernels;  // each of size x size taps
-  double taps[25];
+  int stride;         // at which they are constants
+  double taps[72];
 };
 
 // clang-format off
 inline constexpr FixedBank kFixedBanks[] = {
-    {"vgnet_blur", 3, 3, 1, {0.0811, 0.1226, 0.0811, 0.1226, 0.1853, 0.1226, 0.0811, 0.1226, 0.0811}},
-    {"vgnet_blur_alternate", 4, 3, 2, {0.0811, 0.1226, 0.0811, 0.1226, 0.1853, 0.1226, 0.0811, 0.1226, 0.0811, -0.0811, -0.1226, -0.0811, -0.1226, -0.1853, -0.1226, -0.0811, -0.1226, -0.0811}},
-    {"binomial3", 5, 3, 1, {0.0625, 0.125, 0.0625, 0.125, 0.25, 0.125, 0.0625, 0.125, 0.0625}},
-    {"binomial5", 6, 5, 1, {0.00390625, 0.015625, 0.0234375, 0.015625, 0.00390625, 0.015625, 0.0625, 0.09375, 0.0625, 0.015625, 0.0234375, 0.09375, 0.140625, 0.09375, 0.0234375, 0.015625, 0.0625, 0.09375, 0.0625, 0.015625, 0.00390625, 0.015625, 0.0234375, 0.015625, 0.00390625}},
+    {"vgnet8", 1, 3, 8, 1,
+     {-0.5, -1, -0.5, 0, 0, 0, 0.5, 1, 0.5,
+      -0.5, 0, 0.5, -1, 0, 1, -0.5, 0, 0.5,
+      -0.08333333333333333, -0.16666666666666666, -0.08333333333333333, -0.16666666666666666, 1, -0.16666666666666666, -0.08333333333333333, -0.16666666666666666, -0.08333333333333333,
+      0, -0.25, 0, -0.25, 1, -0.25, 0, -0.25, 0,
+      -1, -0.6666666666666666, -0.3333333333333333, -0.6666666666666666, 0, 0.6666666666666666, 0.3333333333333333, 0.6666666666666666, 1,
+      -0.3333333333333333, -0.6666666666666666, -1, 0.6666666666666666, 0, -0.6666666666666666, 1, 0.6666666666666666, 0.3333333333333333,
+      0.0811, 0.1226, 0.0811, 0.1226, 0.1853, 0.1226, 0.0811, 0.1226, 0.0811,
+      0.0277, 0.111, 0.0277, 0.111, 0.4452, 0.111, 0.0277, 0.111, 0.0277}},
+    {"vgnet4", 2, 3, 4, 1,
+     {-0.5, -1, -0.5, 0, 0, 0, 0.5, 1, 0.5,
+      -0.5, 0, 0.5, -1, 0, 1, -0.5, 0, 0.5,
+      -0.08333333333333333, -0.16666666666666666, -0.08333333333333333, -0.16666666666666666, 1, -0.16666666666666666, -0.08333333333333333, -0.16666666666666666, -0.08333333333333333,
+      0, -0.25, 0, -0.25, 1, -0.25, 0, -0.25, 0}},
+    {"vgnet_blur", 3, 3, 1, 2,
+     {0.0811, 0.1226, 0.0811, 0.1226, 0.1853, 0.1226, 0.0811, 0.1226, 0.0811}},
+    {"vgnet_blur_alternate", 4, 3, 2, 2,
+     {0.0811, 0.1226, 0.0811, 0.1226, 0.1853, 0.1226, 0.0811, 0.1226, 0.0811,
+      -0.0811, -0.1226, -0.0811, -0.1226, -0.1853, -0.1226, -0.0811, -0.1226, -0.0811}},
+    {"binomial3", 5, 3, 1, 2,
+     {0.0625, 0.125, 0.0625, 0.125, 0.25, 0.125, 0.0625, 0.125, 0.0625}},
+    {"binomial5", 6, 5, 1, 2,
+     {0.00390625, 0.015625, 0.0234375, 0.015625, 0.00390625, 0.015625, 0.0625, 0.09375, 0.0625, 0.015625, 0.0234375, 0.09375, 0.140625, 0.09375, 0.0234375, 0.015625, 0.0625, 0.09375, 0.0625, 0.015625, 0.00390625, 0.015625, 0.0234375, 0.015625, 0.00390625}},
 };
 // clang-format on
 
@@ -49,15 +74,19 @@ constexpr compute<T> stored_tap(double value) {
   return static_cast<compute<T>>(value);
 }
 
-// A window with the taps of kFixedBanks[Index].
-template <class Window, int Index>
+// Places in kFixedBanks.
+enum BankIndex { kVgnet8, kVgnet4, kVgnetBlur, kVgnetBlurAlternate, kBinomial3, kBinomial5 };
+
+// A window with the taps of kFixedBanks[Index]; Turned: by half a turn.
+template <class Window, int Index, bool Turned = false>
 struct Fixed : Window {
   static constexpr FixedBank kBank = kFixedBanks[Index];
-  static_assert(kBank.size == Window::R && kBank.size == Window::S && kBank.kernels <= 2);
+  static_assert(kBank.size == Window::R && kBank.size == Window::S && kBank.stride == Window::kStride);
   static bool fits(const DepthwiseGeometry& g) { return g.named_bank == kBank.code && Window::fits(g); }
 
-  template <class T, int Tap>
-  static constexpr compute<T> kTap = stored_tap<T>(kFixedBanks[Index].taps[Tap]);
+  template <class T, int Kernel, int Tap>
+  static constexpr compute<T> kTap =
+      stored_tap<T>(kBank.taps[Kernel * Window::kTaps + (Turned ? Window::kTaps - 1 - Tap : Tap)]);
 };
 
 template <class Window>
@@ -66,9 +95,8 @@ constexpr bool kIsFixed = requires { Window::kBank; };
 // The taps of N channels, the first of which is a multiple of the bank's kernels.
 template <class Window, class T, int N, int... Index>
 EFFOPS_DEVICE void fixed_taps(compute<T> (&taps)[Window::kTaps][N], std::integer_sequence<int, Index...>) {
-  ((taps[Index / N][Index % N] =
-        Window::template kTap<T, Index % N % Window::kBank.kernels * Window::kTaps + Index / N>),
-   ...);
+  static_assert(N % Window::kBank.kernels == 0);
+  ((taps[Index / N][Index % N] = Window::template kTap<T, Index % N % Window::kBank.kernels, Index / N>), ...);
 }
 
 }  // namespace effops::cuda

@@ -18,7 +18,8 @@
 //                    pixel (float16)   . . . . . +
 //
 //   NCHW and odd channel counts: a thread owns one channel and one output column of a few rows; neighbouring lanes are
-//   neighbouring columns (channels, where those are nearer) and share the columns of their windows in L1.
+//   neighbouring columns (channels, where those are nearer) and share the columns of their windows in L1. The forward
+//   pass has a kernel of its own for NCHW rows of whole 8 or 16 bytes.
 //
 //   Windows other than 3x3 and 5x5 at strides 1 and 2, dilations, channel multipliers: a loop over the taps, one output
 //   pixel a thread; x comes from L1 once a tap. The taps of a 7x7 window alone would be 98 registers.
@@ -173,7 +174,7 @@ EFFOPS_DEVICE Map<const T> const_map(const TensorRef& ref) {
   return {static_cast<const T*>(ref.data), ref.n, ref.c, ref.h, ref.w};
 }
 
-// The channels of a pixel, or zeros where the map is absent.
+// N neighbours from an element on, or zeros where the map is absent.
 template <class T, int N>
 EFFOPS_DEVICE void load_if_present(const Map<const T>& map, index_t n, int o, int p, int q, compute<T> (&v)[N]) {
   if (map.data == nullptr) return fill(v, compute<T>(0));
@@ -221,9 +222,8 @@ using Window3Half = Window<3, 3, 2>;  // half the rows, half the columns
 using Window5 = Window<5, 5, 1>;
 using Window5Half = Window<5, 5, 2>;
 
-// Channels of a thread where they lie side by side. A warp's access is then 128 bytes of 16-bit channels, whole lines;
-// wider accesses (compiled: four) fetch no more of a line and need 102 to 112 registers for two rows, where two
-// channels have three rows in 64. Counts like VGNet's 28 need no other variant.
+// Channels of a thread where they lie side by side; a warp's access is then 128 bytes of 16-bit channels, whole lines.
+// Why not more of them: dwconv_forward.cu.
 constexpr int kPair = 2;
 template <class T>
 constexpr bool kHasPairs = sizeof(T) <= 4;

@@ -72,20 +72,39 @@ Map<T> map_of(const TensorRef& ref) {
   return {static_cast<T*>(ref.data), ref.n, ref.c, ref.h, ref.w};
 }
 
-// N channels that lie side by side (N == 1: anywhere), in one access.
+// N elements that lie side by side, as memory has them: in one access where they are 16 bytes at most.
+template <class T, int N>
+struct Pieces {
+  static constexpr int kLength = sizeof(T) * N <= 16 ? N : 16 / sizeof(T);
+  Vec<T, kLength> piece[N / kLength];
+
+  EFFOPS_DEVICE void load(const T* at) {
+    EFFOPS_UNROLL
+    for (int i = 0; i < N / kLength; ++i) piece[i] = load_vec<T, kLength>(at + i * kLength);
+  }
+  EFFOPS_DEVICE void store(T* at) const {
+    EFFOPS_UNROLL
+    for (int i = 0; i < N / kLength; ++i) store_vec<T, kLength>(at + i * kLength, piece[i]);
+  }
+  EFFOPS_DEVICE T& operator[](int j) { return piece[j / kLength].v[j % kLength]; }
+  EFFOPS_DEVICE const T& operator[](int j) const { return piece[j / kLength].v[j % kLength]; }
+};
+
+// N channels that lie side by side (N == 1: anywhere).
 template <int N, class T>
 EFFOPS_DEVICE void load_channels(const T* at, compute<T> (&v)[N]) {
-  const auto raw = load_vec<std::remove_const_t<T>, N>(at);
+  Pieces<std::remove_const_t<T>, N> raw;
+  raw.load(at);
   EFFOPS_UNROLL
-  for (int j = 0; j < N; ++j) v[j] = to_compute(raw.v[j]);
+  for (int j = 0; j < N; ++j) v[j] = to_compute(raw[j]);
 }
 
 template <int N, class T>
 EFFOPS_DEVICE void store_channels(T* at, const compute<T> (&v)[N]) {
-  Vec<T, N> raw;
+  Pieces<T, N> raw;
   EFFOPS_UNROLL
-  for (int j = 0; j < N; ++j) raw.v[j] = from_compute<T>(v[j]);
-  store_vec<T, N>(at, raw);
+  for (int j = 0; j < N; ++j) raw[j] = from_compute<T>(v[j]);
+  raw.store(at);
 }
 
 template <int N, class C>

@@ -96,22 +96,22 @@ inline bool short_rows(const TensorRef& map) {
 // accesses are issued before the first is used.
 template <int Rows, int N, class T>
 struct Column {
-  Vec<T, N> raw[Rows];
+  Pieces<T, N> raw[Rows];
 
   // at: the element of this column in row `row`, which need not exist. row_stride: see short_rows().
   EFFOPS_DEVICE void load(const T* at, int row_stride, unsigned rows) {
     EFFOPS_UNROLL
     for (int i = 0; i < Rows; ++i) {
       if (rows >> i & 1) {
-        raw[i] = load_vec<T, N>(at + i * row_stride);
+        raw[i].load(at + i * row_stride);
       } else {
-        raw[i] = Vec<T, N>{};
+        raw[i] = Pieces<T, N>{};
       }
     }
   }
   EFFOPS_DEVICE void values(int row, compute<T> (&v)[N]) const {
     EFFOPS_UNROLL
-    for (int j = 0; j < N; ++j) v[j] = to_compute(raw[row].v[j]);
+    for (int j = 0; j < N; ++j) v[j] = to_compute(raw[row][j]);
   }
 };
 
@@ -124,7 +124,7 @@ EFFOPS_DEVICE unsigned rows_inside(int row, int height) {
   return rows;
 }
 
-// add(output, r) for each of a cell's output rows that row i of its x reaches, with the row r of the window that it meets.
+// add(output, r) for each of a cell's output rows that row i of its x reaches, and the row r of the window it meets there.
 template <class Window, int Rows, class Add>
 EFFOPS_DEVICE void outputs_under(int i, const Add& add) {
   EFFOPS_UNROLL
@@ -235,6 +235,76 @@ EFFOPS_DEVICE void column_sums(const Map<const T>& x, int o, const Sizes& g, con
       loaded.values(i, value);
       outputs_under<Window, Rows>(i,
                                   [&](int output, int r) { sums[output][0] += value[0] * taps[r * Window::S + s][0]; });
+    }
+  }
+}
+
+// What a thread that owns V neighbouring output columns takes of one row of x: the columns above them, in accesses of
+// 16 bytes at most, and those beside them, which its neighbours load too. For windows of three columns at padding 1.
+template <class Window, int V, class T>
+struct RowSegment {
+  static_assert(Window::S == 3);
+  static constexpr int kMiddle = V * Window::kStride;
+  static constexpr bool kBehind = Window::kStride == 1;
+  Pieces<T, kMiddle> middle;
+  Vec<T, 1> before, behind;
+
+  EFFOPS_DEVICE void load(const T* at, bool there, bool has_before, bool has_behind) {
+    middle = Pieces<T, kMiddle>{};
+    before = behind = Vec<T, 1>{};
+    if (!there) return;
+    middle.load(at);
+    if (has_before) before = load_vec<T, 1>(at - 1);
+    if (kBehind && has_behind) behind = load_vec<T, 1>(at + kMiddle);
+  }
+  // Of the window's columns, 0: the one before.
+  EFFOPS_DEVICE compute<T> value(int column) const {
+    if (column == 0) return to_compute(before.v[0]);
+    return to_compute(column <= kMiddle ? middle[column <= kMiddle ? column - 1 : 0] : behind.v[0]);
+  }
+};
+
+// The way down `rows` rows of V output columns of one channel, where columns lie side by side: every row of x is loaded
+// once and added to each of the output rows that it reaches; the next one is on its way meanwhile. emit(sums[V]) for
+// one output row after the other.
+template <class Window, int V, class T, class Emit>
+EFFOPS_DEVICE void descend(const Map<const T>& x, int o, const Sizes& g, const Cell& cell, int rows,
+                           const compute<T> (&taps)[Window::kTaps][1], const Emit& emit) {
+  using C = compute<T>;
+  constexpr int kStride = Window::kStride, kOpen = (Window::R + kStride - 1) / kStride;
+  C sums[kOpen][V] = {};
+  int row = cell.p * kStride - g.pad_top;
+  const int end = row + (rows - 1) * kStride + Window::R;
+  const bool has_before = cell.q > 0, has_behind = cell.q + V < g.Q;
+  const T* at = x.at(cell.n, o / g.multiplier, 0, 0) + row * x.h + cell.q * kStride;
+  RowSegment<Window, V, T> next;
+  next.load(at, inside(row, g.H), has_before, has_behind);
+  EFFOPS_NO_UNROLL
+  for (int step = 1 - kOpen; step < rows; ++step) {
+    EFFOPS_UNROLL
+    for (int k = 0; k < kStride; ++k) {
+      const RowSegment<Window, V, T> loaded = next;
+      ++row, at += x.h;
+      next.load(at, row < end && inside(row, g.H), has_before, has_behind);
+      EFFOPS_UNROLL
+      for (int open = 0; open < kOpen; ++open) {
+        const int r = open * kStride + k;
+        if (r >= Window::R) continue;
+        EFFOPS_UNROLL
+        for (int output = 0; output < V; ++output) {
+          EFFOPS_UNROLL
+          for (int s = 0; s < Window::S; ++s) {
+            sums[open][output] += loaded.value(output * kStride + s) * taps[r * Window::S + s][0];
+          }
+        }
+      }
+    }
+    if (step >= 0) emit(sums[kOpen - 1]);
+    EFFOPS_UNROLL
+    for (int open = kOpen - 1; open >= 0; --open) {
+      EFFOPS_UNROLL
+      for (int output = 0; output < V; ++output)
+        sums[open][output] = open > 0 ? sums[open > 0 ? open - 1 : 0][output] : C(0);
     }
   }
 }

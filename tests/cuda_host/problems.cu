@@ -315,12 +315,15 @@ template <std::size_t kCount, class Visit>
 void visit_all(const Maps (&sizes)[kCount], Visit visit) {
   for (const Type& type : kTypes) {
     for (const Maps& maps : sizes) {
-      for (const cuda::FixedBank& bank : cuda::kFixedBanks) {  // their taps are constants at stride 2
-        Problem problem{type, geometry(maps, {bank.size, 2, 1}, 1), true, Epilogue::relu};
-        problem.g.bank = bank.kernels;
-        problem.g.named_bank = bank.code;
-        visit("dwconv_fwd " + problem.name() + " " + bank.name,
-              [&](Memory& memory, const Device& device) { problem.forward(memory, device); });
+      for (const cuda::FixedBank& bank : cuda::kFixedBanks) {
+        for (const Epilogue kind : {Epilogue::relu, Epilogue::full}) {
+          Problem problem{type, geometry(maps, {bank.size, bank.stride, 1}, 1), true, kind};
+          problem.g.bank = bank.kernels;
+          problem.g.named_bank = bank.code;
+          const std::string name = problem.name() + " " + bank.name;
+          visit("dwconv_fwd " + name, [&](Memory& m, const Device& device) { problem.forward(m, device); });
+          visit("dwconv_bwd " + name, [&](Memory& m, const Device& device) { problem.backward(m, device); });
+        }
       }
       if (type.dtype == DType::f32 && &maps == sizes) {
         visit_calls(Problem{type, geometry(kOnePatch, {3, 2, 1}, 1), true, Epilogue::full}, visit);

@@ -1,8 +1,10 @@
 // Counts what every block of the kernels reads and writes of the maps, each element once, and holds it against what its
-// results need: the floor of the kernels' pictures. Maps are channels_last, with channels that vectors of them divide.
+// results need: the floor of the kernels' pictures. Maps have channels that vectors of them divide; they are
+// channels_last where a case does not say NCHW.
 // Prints a line a case; exits with 1 where one is wrong.
 #include <algorithm>
 #include <cstdio>
+#include <functional>
 #include <map>
 #include <optional>
 #include <set>
@@ -29,7 +31,7 @@ using Blocks = std::map<std::pair<unsigned, unsigned>, Elements>;  // by launch 
 struct Case {
   const char* name;
   index_t N, C, H, W, R, S, stride, dilation, multiplier;
-  bool padded = true;
+  bool padded = true, channels_last = true;
 
   DepthwiseGeometry geometry() const {
     DepthwiseGeometry g{};
@@ -56,6 +58,10 @@ constexpr Case kCases[] = {
     {"3x3 dilated", 1, 16, 12, 13, 3, 3, 1, 2, 1},
     {"3x3 stride 2, no padding", 2, 40, 26, 30, 3, 3, 2, 1, 1, false},
 };
+constexpr Case kRows[] = {
+    {"NCHW 3x3", 2, 10, 27, 40, 3, 3, 1, 1, 1, true, false},
+    {"NCHW 3x3 stride 2", 2, 10, 27, 64, 3, 3, 2, 1, 1, true, false},
+};
 
 // For dsconv besides: windows with gaps between them or in them, in patches and too far apart for one.
 constexpr Case kSeparableCases[] = {
@@ -65,35 +71,56 @@ constexpr Case kSeparableCases[] = {
     {"3x3 dilated by 25", 1, 8, 27, 28, 3, 3, 1, 25, 1},
 };
 
-// The elements of `data` that each block loaded or stored; as often as they were stored in `times`.
-Blocks touched_of(const float* data, std::size_t size, bool store, std::map<index_t, int>* times = nullptr) {
+// The elements of `data` that each block loaded or stored, by their `number`; as often as they were stored in `times`.
+Blocks touched_of(
+    const float* data, std::size_t size, bool store, std::map<index_t, int>* times = nullptr,
+    const std::function<index_t(index_t)>& number = [](index_t i) { return i; }) {
   Blocks blocks;
   for (const cuda_host::Access& access : cuda_host::accesses) {
     const index_t first = static_cast<const float*>(access.address) - data;
     if (access.store != store || first < 0 || first >= static_cast<index_t>(size)) continue;
     for (index_t i = first; i < first + access.bytes / 4; ++i) {
-      blocks[{access.launch, access.block}].insert(i);
-      if (times) ++(*times)[i];
+      blocks[{access.launch, access.block}].insert(number(i));
+      if (times) ++(*times)[number(i)];
     }
   }
   return blocks;
 }
 
-// A channels_last map [N, C, H, W] of floats.
+// A map [N, C, H, W] of floats. Its elements are numbered as channels_last has them, whatever lies in memory.
 class FloatMap {
  public:
-  FloatMap(index_t N, index_t C, index_t H, index_t W) : C_(C), H_(H), W_(W), data_(N * C * H * W) {
+  FloatMap(index_t N, index_t C, index_t H, index_t W, bool channels_last = true)
+      : C_(C), H_(H), W_(W), channels_last_(channels_last), data_(N * C * H * W) {
     for (std::size_t i = 0; i < data_.size(); ++i) data_[i] = static_cast<float>(i % 7) - 3;
   }
-  TensorRef ref() { return {data_.data(), H_ * W_ * C_, 1, W_ * C_, C_}; }
+  TensorRef ref() {
+    if (channels_last_) return {data_.data(), H_ * W_ * C_, 1, W_ * C_, C_};
+    return {data_.data(), H_ * W_ * C_, H_ * W_, W_, 1};
+  }
   std::size_t size() const { return data_.size(); }
 
   Blocks touched(bool store, std::map<index_t, int>* times = nullptr) const {
-    return touched_of(data_.data(), data_.size(), store, times);
+    return touched_of(data_.data(), data_.size(), store, times, [&](index_t i) { return number_of(i); });
+  }
+
+  // How many accesses stored to it.
+  std::size_t stores() const {
+    return std::count_if(cuda_host::accesses.begin(), cuda_host::accesses.end(), [&](const cuda_host::Access& access) {
+      const index_t first = static_cast<const float*>(access.address) - data_.data();
+      return access.store && first >= 0 && first < static_cast<index_t>(data_.size());
+    });
   }
 
  private:
+  index_t number_of(index_t i) const {
+    if (channels_last_) return i;
+    const index_t pixel = i % (H_ * W_), plane = i / (H_ * W_);
+    return (plane / C_ * H_ * W_ + pixel) * C_ + plane % C_;
+  }
+
   index_t C_, H_, W_;
+  bool channels_last_;
   Buffer<float> data_;
 };
 
@@ -153,7 +180,7 @@ void trace(const Call& call) {
 std::string forward(const Case& c, index_t K) {
   const DepthwiseGeometry g = c.geometry();
   const index_t D = g.out_channels(), channels = K ? K : D;
-  FloatMap x(g.N, g.C, g.H, g.W), y(g.N, channels, g.P, g.Q);
+  FloatMap x(g.N, g.C, g.H, g.W, c.channels_last), y(g.N, channels, g.P, g.Q, c.channels_last);
   Buffer<float> weight(D * g.R * g.S), matrix(channels * D);
   trace([&] {
     if (K) {
@@ -169,6 +196,7 @@ std::string forward(const Case& c, index_t K) {
   Blocks wanted = y.touched(true, &times);
   for (auto& [block, elements] : wanted) elements = windows(g, elements, channels, K > 0);
   const std::string wrong = each_once(times, y.size());
+  if (!c.channels_last && y.stores() * (4 / c.stride) != y.size()) return "stores narrower than a thread's columns";
   return wrong.empty() ? judge(x.touched(false), wanted) : "stores " + wrong;
 }
 
@@ -176,7 +204,8 @@ std::string forward(const Case& c, index_t K) {
 std::string input_gradient(const Case& c) {
   const DepthwiseGeometry g = c.geometry();
   const index_t D = g.out_channels();
-  FloatMap x(g.N, g.C, g.H, g.W), grad(g.N, D, g.P, g.Q), dx(g.N, g.C, g.H, g.W);
+  FloatMap x(g.N, g.C, g.H, g.W, c.channels_last), grad(g.N, D, g.P, g.Q, c.channels_last);
+  FloatMap dx(g.N, g.C, g.H, g.W, c.channels_last);
   Buffer<float> weight(D * g.R * g.S);
   trace([&] {
     DwconvBackwardArgs args{g, grad.ref(), {}, x.ref(), weight.data(), {}, dx.ref()};
@@ -392,6 +421,10 @@ int main() try {
         wrong += report((name + "matrix's gradient").c_str(), c, matrix_gradient(c, K));
       }
     }
+  }
+  for (const Case& c : kRows) {
+    wrong += report("dwconv forward", c, forward(c, 0));
+    if (c.stride == 1) wrong += report("dwconv input gradient", c, input_gradient(c));
   }
   return wrong ? 1 : 0;
 } catch (const std::exception& error) {
