@@ -33,10 +33,10 @@ WINDOWS = {
 # Those that the weight's gradient cuts into groups of taps: with a last one that reaches beyond the window, cut along
 # both axes, strided, dilated.
 WEIGHT_WINDOWS = WINDOWS | {
-    "7x7-s2": {"c": 8, "h": 13, "w": 12, "kernel": (7, 7), "padding": (3, 3, 3, 3), "stride": (2, 2)},
-    "7x7-s4": {"c": 8, "h": 17, "w": 19, "kernel": (7, 7), "padding": (2, 2, 2, 2), "stride": (4, 4)},
-    "7x7-dilated": {"c": 4, "h": 14, "w": 15, "kernel": (7, 7), "padding": (6, 6, 6, 6), "dilation": (2, 2)},
-    "5x9": {"c": 4, "h": 8, "w": 11, "kernel": (5, 9), "padding": (4, 4, 2, 2)},
+    "7x7-s2": {"c": 4, "h": 13, "w": 12, "kernel": (7, 7), "padding": (3, 3, 3, 3), "stride": (2, 2)},
+    "7x7-s4": {"c": 4, "h": 17, "w": 19, "kernel": (7, 7), "padding": (2, 2, 2, 2), "stride": (4, 4)},
+    "7x7-dilated": {"c": 2, "h": 9, "w": 10, "kernel": (7, 7), "padding": (6, 6, 6, 6), "dilation": (2, 2)},
+    "5x9": {"c": 3, "h": 6, "w": 11, "kernel": (5, 9), "padding": (4, 4, 2, 2)},
     "1x31": {"c": 4, "h": 3, "w": 36, "kernel": (1, 31), "padding": (15, 15, 0, 0)},
     "31x1": {"c": 4, "h": 36, "w": 3, "kernel": (31, 1), "padding": (0, 0, 15, 15)},
 }
