@@ -47,6 +47,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("ds_case", shapes.GPU_DSCONV if gpu else shapes.DSCONV),
         ("dw_case", shapes.DWCONV),
         ("bs_case", shapes.BSCONV),
+        ("multi_case", shapes.MULTICEPTION),
     ):
         if name in metafunc.fixturenames:
             every = metafunc.config.getoption("--bench-all-shapes")

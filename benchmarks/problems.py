@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.shapes import BSCase, DSCase, DWCase
+from benchmarks.shapes import BSCase, DSCase, DWCase, MultiCase
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _BN_EPS = 1e-5
@@ -61,11 +61,11 @@ def _channels(v: torch.Tensor) -> torch.Tensor:
 
 
 class _Problem:
-    """What both kinds share: seeded tensors and the depthwise bank."""
+    """What all kinds share: seeded tensors and the depthwise bank."""
 
     def __init__(
         self,
-        case: DSCase | DWCase | BSCase,
+        case: DSCase | DWCase | BSCase | MultiCase,
         batch: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -73,7 +73,8 @@ class _Problem:
         self.case, self.batch, self.dtype, self.device = case, batch, dtype, torch.device(device)
         self._generator = torch.Generator(device).manual_seed(zlib.crc32(f"{case.name}/{batch}".encode()))
         self.x = self._randn(batch, case.channels, case.size, case.size)
-        self.bank = self._make_bank()
+        if not isinstance(case, MultiCase):
+            self.bank = self._make_bank()
 
     def _randn(self, *shape: int, scale: float = 1.0) -> torch.Tensor:
         return (torch.randn(*shape, generator=self._generator, device=self.device) * scale).to(self.dtype)
@@ -223,14 +224,8 @@ class DSProblem(_Problem):
         state = {"dw.weight": self.dw_weight, "pw.weight": self.pw_weight}
         if self.case.bias:
             state |= {"dw.bias": self.dw_bias, "pw.bias": self.pw_bias}
-        if self.case.affine:  # eps + running_var = 1, so the BatchNorm is exactly scale and shift
-            state |= {
-                "bn.weight": self.scale,
-                "bn.bias": self.shift,
-                "bn.running_mean": torch.zeros(self.case.out),
-                "bn.running_var": torch.full((self.case.out,), 1 - _BN_EPS),
-                "bn.num_batches_tracked": torch.tensor(0),
-            }
+        if self.case.affine:
+            state |= _folded_norm("bn", self.scale, self.shift)
         module.load_state_dict(state)
         return _formatted(module, (self.x,) if self.left is None else (self.x, self.left), variant)
 
@@ -308,15 +303,97 @@ class BSProblem(_Problem):
         )
 
 
+class _StockMulti(nn.Module):
+    """Multiception as its authors write it: the depthwise convolutions at stride 1, the pointwise one strided."""
+
+    def __init__(self, case: MultiCase) -> None:
+        super().__init__()
+        c, mid = case.channels, case.channels * len(case.kernels)
+        self.dw = nn.ModuleList(nn.Conv2d(c, c, k, 1, k // 2, groups=c, bias=False) for k in case.kernels)
+        self.dw_norm = nn.BatchNorm2d(mid, eps=_BN_EPS)
+        self.pw = nn.Conv2d(mid, case.out, 1, case.stride)
+        self.norm = nn.BatchNorm2d(case.out, eps=_BN_EPS)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        z = self.dw_norm(torch.cat([dw(x) for dw in self.dw], 1))
+        return torch.relu_(self.norm(self.pw(z)))
+
+
+class MultiProblem(_Problem):
+    """One Multiception block in eval, by its module: batch norms are folded in every call."""
+
+    def __init__(
+        self, case: MultiCase, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(case, batch, dtype, device)
+        c, mid = case.channels, case.channels * len(case.kernels)
+        self.dw_weights = [self._randn(c, 1, k, k, scale=1 / k) for k in case.kernels]
+        self.pw_weight = self._randn(case.out, mid, 1, 1, scale=mid**-0.5)
+        self.pw_bias = self._randn(case.out, scale=0.1)
+        self.norms = {
+            name: ((1 + self._randn(size, scale=0.1)).to(dtype), self._randn(size, scale=0.1))
+            for name, size in (("dw_norm", mid), ("norm", case.out))
+        }
+
+    def _truth(self) -> torch.Tensor:
+        z = torch.cat([depthwise64(self.x.double(), w.double(), self.case.stride) for w in self.dw_weights], 1)
+        (dw_scale, dw_shift), (scale, shift) = ([v.double() for v in norm] for norm in self.norms.values())
+        y = pointwise64(z * _channels(dw_scale) + _channels(dw_shift), self.pw_weight.double())
+        return torch.relu((y + _channels(self.pw_bias.double())) * _channels(scale) + _channels(shift))
+
+    def _state(self) -> dict[str, torch.Tensor]:
+        state = {f"dw.{i}.weight": weight for i, weight in enumerate(self.dw_weights)}
+        state |= {"pw.weight": self.pw_weight, "pw.bias": self.pw_bias}
+        for name, (scale, shift) in self.norms.items():
+            state |= _folded_norm(name, scale, shift)
+        return state
+
+    def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+        """The stock module in eval mode and its inputs, both in the variant's memory format."""
+        module = _StockMulti(self.case).to(self.device, self.dtype)
+        module.load_state_dict(self._state())
+        return _formatted(module, (self.x,), variant)
+
+    def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
+        """A call of the module: folding, dispatch, checks and weight packing are inside the timing."""
+        import effops
+
+        case = self.case
+        module = effops.MulticeptionConv2d(
+            case.channels, case.out, case.kernels, case.stride, act="relu", backend=backend,
+            device=self.device, dtype=self.dtype,
+        )  # fmt: skip
+        module.load_state_dict(self._state())
+        module, (x,) = _formatted(module, (self.x,), variant)
+        return lambda: module(x)
+
+
+def _folded_norm(name: str, scale: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The state of a batch norm that is exactly scale and shift: eps + running_var = 1."""
+    return {
+        f"{name}.weight": scale,
+        f"{name}.bias": shift,
+        f"{name}.running_mean": torch.zeros_like(shift),
+        f"{name}.running_var": torch.full_like(shift, 1 - _BN_EPS),
+        f"{name}.num_batches_tracked": torch.tensor(0),
+    }
+
+
 def _formatted(module: nn.Module, inputs: tuple, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
     memory_format = FORMATS[variant]
     module = module.eval().requires_grad_(False).to(memory_format=memory_format)
     return module, tuple(x.contiguous(memory_format=memory_format) for x in inputs)
 
 
+_KINDS = {DSCase: DSProblem, DWCase: DWProblem, BSCase: BSProblem, MultiCase: MultiProblem}
+
+
 def build(
-    case: DSCase | DWCase | BSCase, batch: int, dtype: str = "float32", device: torch.device | str = "cpu"
-) -> DSProblem | DWProblem | BSProblem:
+    case: DSCase | DWCase | BSCase | MultiCase,
+    batch: int,
+    dtype: str = "float32",
+    device: torch.device | str = "cpu",
+) -> DSProblem | DWProblem | BSProblem | MultiProblem:
     """The problem for a case of any kind."""
-    kind = {DSCase: DSProblem, DWCase: DWProblem, BSCase: BSProblem}[type(case)]
+    kind = _KINDS[type(case)]
     return kind(case, batch, getattr(torch, dtype), device)

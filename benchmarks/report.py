@@ -32,6 +32,7 @@ COMMAND = "python benchmarks/report.py"
 
 DSCONV_GOAL = 1.5
 BSCONV_GOAL = 1.5
+MULTICEPTION_GOAL = 2.0
 BF16_GOAL = 1.6
 TRAINING_GOAL = 1.5
 SEPCONV_GOAL = 2.5
@@ -312,6 +313,10 @@ def _dsconv_table(result: dict) -> str:
     return _pair_table(entries(result, "pair"), DSCONV_GOAL)
 
 
+def _multiception_table(result: dict) -> str:
+    return _pair_table(entries(result, "multiception"), MULTICEPTION_GOAL)
+
+
 def _pointwise_table(result: dict) -> str:
     rows = [
         [
@@ -502,8 +507,24 @@ def _overhead_targets(result: dict) -> list[list[str]]:
     return rows
 
 
+def _multiception_targets(result: dict) -> list[list[str]]:
+    judged = entries(result, "multiception")
+    if not judged:
+        return []
+    capped = geomean(e.term(MULTICEPTION_GOAL) for e in judged)
+    return [
+        [
+            f"Multiception blocks against the best rival: {MULTICEPTION_GOAL}x, or the roof",
+            f"{capped:.3f} of the goal (plain geometric mean {times(geomean(e.ratio for e in judged))}, "
+            f"{sum(e.met(MULTICEPTION_GOAL) for e in judged)} of {len(judged)} met)",
+            yes(round(capped, 2) >= 1),
+        ]
+    ]
+
+
 _TARGETS = {
     "dsconv": _dsconv_targets,
+    "multiception": _multiception_targets,
     "bf16": _bf16_targets,
     "training": _training_targets,
     "overhead": _overhead_targets,
@@ -519,6 +540,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "sepconv": _section("sepconv", _layer_table(SEPCONV_GOAL)),
     "blurmaxpool": _section("blurmaxpool", _layer_table(BLUR_GOAL)),
     "bsconv": _section("bsconv", _bsconv_table),
+    "multiception": _section("multiception", _multiception_table),
     "models": _section("models", _models_table),
     "training": _section("training", _training_table),
     "overhead": _section("overhead", _overhead_table),

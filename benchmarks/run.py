@@ -194,6 +194,10 @@ def bsconv_jobs(args: argparse.Namespace) -> list[Job]:
     ]
 
 
+def multiception_jobs(args: argparse.Namespace) -> list[Job]:
+    return _case_jobs(shapes.MULTICEPTION, "multiception", args.peers, args)
+
+
 def bf16_jobs(args: argparse.Namespace) -> list[Job]:
     """effops in bf16 and in fp32, turn by turn; eager's bf16 stands beside them."""
     jobs = []
@@ -245,6 +249,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
     "sepconv": sepconv_jobs,
     "blurmaxpool": blurmaxpool_jobs,
     "bsconv": bsconv_jobs,
+    "multiception": multiception_jobs,
     "bf16": bf16_jobs,
     "models": models_jobs,
     "training": training_jobs,

@@ -146,6 +146,34 @@ class BSCase:
         return ITEMSIZE[dtype] * (batch * maps + self.pointwise_weights() + self.out * self.kernel**2)
 
 
+@dataclass(frozen=True)
+class MultiCase:
+    """One Multiception block in eval: depthwise windows over all channels, BN, strided pointwise, BN, ReLU."""
+
+    name: str
+    channels: int
+    out: int
+    size: int
+    kernels: tuple[int, ...]
+    stride: int = 1
+    count: int = 1
+
+    @property
+    def out_size(self) -> int:
+        return (self.size - 1) // self.stride + 1
+
+    def macs(self, batch: int) -> int:
+        """At the strided positions, which are all that eval needs."""
+        weights = self.channels * (sum(k * k for k in self.kernels) + len(self.kernels) * self.out)
+        return batch * self.out_size**2 * weights
+
+    def traffic(self, batch: int, dtype: str = "float32") -> int:
+        """Bytes that must move when everything is read once and written once and the concatenation stays in cache."""
+        maps = self.channels * self.size**2 + self.out * self.out_size**2
+        weights = self.channels * (sum(k * k for k in self.kernels) + len(self.kernels) * self.out)
+        return ITEMSIZE[dtype] * (batch * maps + weights)
+
+
 def _mobilenetv1() -> list[DSCase]:
     """The 13 pairs at 224 (9 distinct shapes), BatchNorm folded into biases, ReLU after both convolutions."""
     pairs = [
@@ -267,6 +295,15 @@ def gpu_batch(name: str) -> int:
 # packing dominates there.
 POINTWISE = tuple(case for case in DSCONV if min(case.pw_in, case.out) >= 64)
 
+# The first convolution of each block of the CIFAR ResNet-50 (8 blocks a stage).
+MULTICEPTION = (
+    MultiCase("multi-16-16-32-k357", 16, 16, 32, (3, 5, 7), count=8),
+    MultiCase("multi-16-32-32-s2-k35", 16, 32, 32, (3, 5), stride=2),
+    MultiCase("multi-32-32-16-k35", 32, 32, 16, (3, 5), count=7),
+    MultiCase("multi-32-64-16-s2-k33", 32, 64, 16, (3, 3), stride=2),
+    MultiCase("multi-64-64-8-k33", 64, 64, 8, (3, 3), count=7),
+)
+
 DWCONV = (
     DWCase("dw3-32-112-s1", 32, 112, bias=True, activation="relu"),
     DWCase("dw3-64-112-s2", 64, 112, stride=2, bias=True, activation="relu"),
@@ -372,12 +409,13 @@ QUICK = {
     "blurmax-56-56",
     "bs-mnv1-128-128-56-s1",
     "bs-cifar-64-64-8-s1",
+    "multi-32-32-16-k35",
 }
 
 
-def find(name: str) -> DSCase | DWCase | LayerCase | BSCase:
+def find(name: str) -> DSCase | DWCase | LayerCase | BSCase | MultiCase:
     """Return the case of that name; KeyError names what exists."""
-    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *BSCONV, *_GPU_ONLY)
+    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *BSCONV, *MULTICEPTION, *_GPU_ONLY)
     for case in known:
         if case.name == name:
             return case

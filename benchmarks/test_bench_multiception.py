@@ -1,0 +1,10 @@
+"""Multiception blocks of the CIFAR ResNet-50: effops and eager torch in both memory formats."""
+
+import pytest
+
+SIDES = ("effops/nchw", "effops/channels_last", "eager/nchw", "eager/channels_last")
+
+
+@pytest.mark.parametrize("side", SIDES)
+def test_forward(timed_case, multi_case, batch, threads, side):
+    timed_case(multi_case, batch, threads, side)
