@@ -191,4 +191,61 @@ struct BlurMaxPoolArgs {
   TensorRef grad_input;  // backward
 };
 
+// A squeeze-excite's two products: gate(expand(act(reduce(means)))). Contiguous weights [between, C] and [C, between].
+struct ExcitationRef {
+  const void *reduce_weight = nullptr, *expand_weight = nullptr;  // null: there is none
+  ChannelRef reduce_bias, expand_bias;
+  index_t between = 0;
+  Activation activation = Activation::none;
+  Activation gate = Activation::none;
+};
+
+struct ExcitationGrads {
+  void *reduce_weight = nullptr, *expand_weight = nullptr;
+  void *reduce_bias = nullptr, *expand_bias = nullptr;
+  DType reduce_bias_dtype = DType::f32, expand_bias_dtype = DType::f32;
+};
+
+struct SeForwardArgs {
+  index_t N, C, H, W;
+  TensorRef input, output;
+  ExcitationRef excitation;
+};
+
+struct SeBackwardArgs {
+  SeForwardArgs forward;  // without an output
+  TensorRef grad_output, grad_input;
+  ExcitationGrads grads;
+};
+
+// A pointwise weight [columns, k, 1, 1]; data == nullptr: there is none.
+struct MatrixRef {
+  const void* data = nullptr;
+  index_t stride_out = 0, stride_in = 0;
+};
+
+// Inverted residual. g is the depthwise convolution's, on the expanded channels.
+struct MbconvForwardArgs {
+  DepthwiseGeometry g;
+  index_t in_channels, K;
+  TensorRef input, output;
+  MatrixRef expand;  // data == nullptr: no expansion
+  EpilogueRef expand_epilogue;
+  const void* dw_weight;
+  EpilogueRef dw_epilogue;
+  ExcitationRef excitation;
+  MatrixRef project;
+  EpilogueRef epilogue;
+};
+
+struct MbconvBackwardArgs {
+  MbconvForwardArgs forward;  // without an output
+  TensorRef grad_output, grad_input;
+  void* grad_expand_weight = nullptr;  // [hidden, in] contiguous, as the other weights' gradients
+  void* grad_dw_weight = nullptr;
+  void* grad_project_weight = nullptr;
+  EpilogueGrads expand_grads, dw_grads, grads;
+  ExcitationGrads excitation_grads;
+};
+
 }  // namespace effops

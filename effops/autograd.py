@@ -5,6 +5,8 @@ from effops.ops.bsconv import BSConv2dFunction
 from effops.ops.dsconv import DSConv2dFunction, DSConvNorm2dFunction
 from effops.ops.dsconv.parts import DSConvParts2dFunction
 from effops.ops.dwconv import DepthwiseConv2dFunction, DepthwiseStatsFunction
+from effops.ops.mbconv import InvertedResidual2dFunction
+from effops.ops.se import SqueezeExcite2dFunction
 from effops.ops.sepconv import SeparableConvPool2dFunction
 
 __all__ = [
@@ -15,5 +17,7 @@ __all__ = [
     "DSConvParts2dFunction",
     "DepthwiseConv2dFunction",
     "DepthwiseStatsFunction",
+    "InvertedResidual2dFunction",
     "SeparableConvPool2dFunction",
+    "SqueezeExcite2dFunction",
 ]

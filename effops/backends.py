@@ -38,9 +38,9 @@ class Call(NamedTuple):
         op: the operator: "dwconv", "dwconv_stats", "dsconv", or a later room's name (`_CHAINS`).
         name: the public function called, for messages.
         input: [N,C,H,W].
-        weight: the depthwise weight [B,1,R,S]; a tuple of them where there are several parts; None of blur_max_pool,
-            whose filter is in the geometry.
-        pw_weight: the second convolution's weight (dsconv: pointwise [K,C',1,1]; sepconv: column [D,1,R,1]), or None.
+        weight: the depthwise weight [B,1,R,S]; a tuple of them where there are several parts; of "se" the reducing one;
+            None of blur_max_pool, whose filter is in the geometry.
+        pw_weight: the last convolution's weight (dsconv: pointwise [K,C',1,1]; sepconv: column [D,1,R,1]), or None.
         geometry: the int[] of the operator (effops/schemas.inc).
         shape: the last convolution's output shape [N,K,P,Q].
     """
@@ -104,7 +104,7 @@ class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
-    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "sepconv"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "mbconv", "se", "sepconv"}
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -351,6 +351,8 @@ _CHAINS = {
     "dsconv_parts": "{window} + 1x1",
     "bsconv": "1x1 + {window}",
     "sepconv": "{window} + {second}",
+    "mbconv": "1x1 + {window} + 1x1",
+    "se": "squeeze-excite",
     "blur_max_pool": "max pool {pool} + blur {window}",
 }
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effops import modules
-from effops.modules import ds_conv_key_map
+from effops.modules import ds_conv_key_map, inverted_residual_key_map
 from effops.modules.vgnet import Pair
 from effops.ops.dwconv.banks import binomial
 
@@ -29,8 +29,11 @@ __all__ = [
     "FusedDSConv",
     "HalfIdentityBlock",
     "SeparableConvPool2d",
+    "InvertedResidual",
     "SharedDepthwiseConv2d",
+    "SqueezeExcite",
     "ds_conv_key_map",
+    "inverted_residual_key_map",
 ]
 
 
@@ -130,6 +133,26 @@ class BSConvS(modules.BSConvS):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.dw(self.bn2(self.pw2(self.bn1(self.pw1(input)))))
+
+
+class SqueezeExcite(modules.SqueezeExcite):
+    """`effops.SqueezeExcite` as its sub-modules compute it one by one."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        gates = self.expand(self.act(self.reduce(F.adaptive_avg_pool2d(input, 1))))
+        return input * (torch.sigmoid(gates) if self.gate == "sigmoid" else F.hardsigmoid(gates))
+
+
+class InvertedResidual(modules.InvertedResidual):
+    """`effops.InvertedResidual` as its sub-modules compute it one by one: nothing is fused."""
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        e = self.expand_act(self.expand_norm(self.expand(input)))
+        z = self.dw(F.pad(e, self.uneven_padding) if self.uneven_padding else e)
+        y = self.norm(self.pw(self.se(self.dw_act(self.dw_norm(z)))))
+        if self.residual:
+            return y + input
+        return y if residual is None else y + residual
 
 
 class HalfIdentityBlock(modules.HalfIdentityBlock):

@@ -1,8 +1,10 @@
 // The operators for the CPU key.
-#include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/blurmaxpool.h"
+#include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv_parts.h"
+#include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
+#include "csrc/bindings/se.h"
 #include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
 
@@ -49,6 +51,12 @@ struct CpuKernels {
   static void blur_max_pool_bwd(const Tensor& input, const BlurMaxPoolArgs& args) {
     kernels().blur_max_pool_bwd[row(input)](args);
   }
+  static void se_fwd(const Tensor& input, const SeForwardArgs& args) { kernels().se_fwd[row(input)](args); }
+  static void se_bwd(const Tensor& input, const SeBackwardArgs& args) { kernels().se_bwd[row(input)](args); }
+  static void mbconv_fwd(const Tensor& input, const MbconvForwardArgs& args) { kernels().mbconv_fwd[row(input)](args); }
+  static void mbconv_bwd(const Tensor& input, const MbconvBackwardArgs& args) {
+    kernels().mbconv_bwd[row(input)](args);
+  }
 };
 
 }  // namespace
@@ -65,6 +73,10 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("blur_max_pool_bwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::backward));
   library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
   library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
+  library.impl("se_fwd", TORCH_BOX(&SeBindings<CpuKernels>::forward));
+  library.impl("se_bwd", TORCH_BOX(&SeBindings<CpuKernels>::backward));
+  library.impl("mbconv_fwd", TORCH_BOX(&MbconvBindings<CpuKernels>::forward));
+  library.impl("mbconv_bwd", TORCH_BOX(&MbconvBindings<CpuKernels>::backward));
 }
 
 }  // namespace effops

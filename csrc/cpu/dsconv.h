@@ -294,13 +294,7 @@ struct DsconvForward {
         if (residual) {
           gather_pixels<T>(op.pw_epilogue.residual, t.begin, t.end, op.g.P, op.g.Q, column, columns, residual, ldy);
         }
-        Epilogue<C> part = op.pw_epilogue;  // the same epilogue, seen from `column` on
-        if (part.bias) part.bias += column;
-        if (part.affine()) {
-          part.scale += column;
-          part.shift += column;
-        }
-        apply_epilogue_rows(part, t.end - t.begin, columns, y, ldy, residual, ldy);
+        apply_epilogue_rows(from_channel(op.pw_epilogue, column), t.end - t.begin, columns, y, ldy, residual, ldy);
       }
       scatter_pixels<T>(y, ldy, op.result, t.begin, t.end, op.g.P, op.g.Q, column, columns);
     }

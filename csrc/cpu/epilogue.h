@@ -74,6 +74,61 @@ struct Epilogue {
   }
 };
 
+// The same as an affine map and one activation, activation(conv * scale + shift + residual), where it is one: what a batch
+// norm ahead of an activation comes to.
+template <class C>
+struct FoldedEpilogue {
+  const C *scale = nullptr, *shift = nullptr;  // padded with zeros to whole registers; null: it does not fold
+  Activation activation = Activation::none;
+  C low = 0, high = 0;  // the activation as a clamp, where it is one
+
+  FoldedEpilogue(Arena& arena, const EpilogueRef& ref, index_t channels)
+      : activation(ref.activation == Activation::none ? ref.post : ref.activation) {
+    const bool affine_last = ref.scale.data || ref.shift.data || ref.residual.data || ref.post != Activation::none;
+    if (ref.activation != Activation::none && affine_last) return;
+    const C* bias = channel_vector<C>(arena, ref.bias, channels);
+    const C* given_scale = channel_vector<C>(arena, ref.scale, channels);
+    const C* given_shift = channel_vector<C>(arena, ref.shift, channels);
+    const index_t padded = round_up(channels, kLanes<C>);
+    C* factor = static_cast<C*>(arena.allocate(padded * sizeof(C)));
+    C* offset = static_cast<C*>(arena.allocate(padded * sizeof(C)));
+    for (index_t c = 0; c < padded; ++c) {
+      factor[c] = c >= channels ? C(0) : given_scale ? given_scale[c] : C(1);
+      offset[c] = (bias ? bias[c] * factor[c] : C(0)) + (given_shift ? given_shift[c] : C(0));
+    }
+    scale = factor, shift = offset;
+    constexpr C kInfinity = static_cast<C>(__builtin_inff());
+    low = activation == Activation::none ? -kInfinity : C(0);
+    high = activation == Activation::relu6 ? C(6) : kInfinity;
+  }
+
+  bool folds() const { return scale != nullptr; }
+  // Registers can do all of it on the way out.
+  bool clamps() const {
+    return folds() &&
+           (activation == Activation::none || activation == Activation::relu || activation == Activation::relu6);
+  }
+  // Without the scale, which its user has put into the weights.
+  EpilogueRef without_scale() const {
+    EpilogueRef result;
+    constexpr DType dtype = sizeof(C) == sizeof(double) ? DType::f64 : DType::f32;
+    result.bias = {shift, 1, dtype};
+    result.activation = activation;
+    return result;
+  }
+};
+
+// The same epilogue, seen from channel `column` on.
+template <class C>
+Epilogue<C> from_channel(Epilogue<C> epilogue, index_t column) {
+  if (epilogue.bias) epilogue.bias += column;
+  if (epilogue.affine()) {
+    epilogue.scale += column;
+    epilogue.shift += column;
+  }
+  return epilogue;
+}
+
 // Applies the epilogue in place to a tile of raw sums (bias not yet added). residual: tile of the same kind, or null.
 template <class C>
 void apply_epilogue_rows(const Epilogue<C>& epilogue, index_t pixels, index_t channels, C* tile, index_t ld,

@@ -165,6 +165,52 @@ struct StoreClamped {
   }
 };
 
+// clamp(A B * scale + shift + residual, low, high) straight from the registers. Writes the first `columns` columns only.
+template <class T, bool Residual>
+struct StoreScaled {
+  using C = compute<T>;
+  static constexpr index_t kChain = kLongChain;
+  T* y;
+  index_t ld;
+  index_t columns;
+  const C *scale, *shift;  // padded
+  C low, high;
+  const T* residual;
+  index_t residual_ld;
+  template <int V>
+  EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
+    for (int v = 0; v < V; ++v) acc[v] = vec<C>{};
+  }
+  template <int R, int V>
+  EFFOPS_INLINE void finish(index_t row, vec<C> (&acc)[R][V]) const {
+    const vec<C> lowest = splat(low), highest = splat(high);
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      const index_t c = v * kLanes<C>;
+      const vec<C> a = load(scale + c), b = load(shift + c);
+      if (v + 1 < V || columns == V * kLanes<C>) {
+        store_register<R, V, true>(row, acc, v, a, b, lowest, highest);
+      } else {
+        store_register<R, V, false>(row, acc, v, a, b, lowest, highest);
+      }
+    }
+  }
+
+ private:
+  template <int R, int V, bool Full>
+  EFFOPS_INLINE void store_register(index_t row, vec<C> (&acc)[R][V], int v, vec<C> a, vec<C> b, vec<C> lowest,
+                                    vec<C> highest) const {
+    const index_t c = v * kLanes<C>, lanes = columns - c;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r) {
+      vec<C> value = acc[r][v] * a + b;
+      if constexpr (Residual) value = value + load_lanes<Full>(residual + (row + r) * residual_ld + c, lanes);
+      value = at_most<C>(at_least<C>(value, lowest), highest);
+      store_lanes<Full>(y + (row + r) * ld + c, value, lanes);
+    }
+  }
+};
+
 // The distance of two rows of a tile of A, at least `elements`. Rows a multiple of 512 bytes apart share so few sets of
 // an 8-way L1 that 14 of them and a stream of B do not fit: one register more spreads them.
 template <class Z>

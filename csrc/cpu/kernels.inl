@@ -35,6 +35,10 @@ namespace {
 #include "csrc/cpu/sepconv.h"
 #include "csrc/cpu/sepconv_backward.h"
 #include "csrc/cpu/blurmaxpool.h"
+#include "csrc/cpu/excitation.h"
+#include "csrc/cpu/se.h"
+#include "csrc/cpu/mbconv.h"
+#include "csrc/cpu/mbconv_backward.h"
 // clang-format on
 
 }  // namespace
@@ -64,6 +68,10 @@ const KernelTable& table() {
       {sepconv_bwd<float>, sepconv_bwd<bf16>, sepconv_bwd<double>},
       {blur_max_pool_fwd<float>, blur_max_pool_fwd<bf16>, blur_max_pool_fwd<double>},
       {blur_max_pool_bwd<float>, blur_max_pool_bwd<bf16>, blur_max_pool_bwd<double>},
+      {se_fwd<float>, se_fwd<bf16>, se_fwd<double>},
+      {se_bwd<float>, se_bwd<bf16>, se_bwd<double>},
+      {mbconv_fwd<float>, mbconv_fwd<bf16>, mbconv_fwd<double>},
+      {mbconv_bwd<float>, mbconv_bwd<bf16>, mbconv_bwd<double>},
   };
 #endif
   return result;

@@ -29,6 +29,10 @@ struct KernelTable {
   void (*sepconv_bwd[kNumDTypes])(const SepconvBackwardArgs&);
   void (*blur_max_pool_fwd[kNumDTypes])(const BlurMaxPoolArgs&);
   void (*blur_max_pool_bwd[kNumDTypes])(const BlurMaxPoolArgs&);
+  void (*se_fwd[kNumDTypes])(const SeForwardArgs&);
+  void (*se_bwd[kNumDTypes])(const SeBackwardArgs&);
+  void (*mbconv_fwd[kNumDTypes])(const MbconvForwardArgs&);
+  void (*mbconv_bwd[kNumDTypes])(const MbconvBackwardArgs&);
 };
 
 }  // namespace effops

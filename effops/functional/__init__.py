@@ -27,7 +27,9 @@ from effops.functional.dwconv import (
     fixed_filter_conv2d,
     shared_depthwise_conv2d,
 )
+from effops.functional.mbconv import inverted_residual2d
 from effops.functional.multiception import mix_conv2d, multiception_conv2d
+from effops.functional.se import squeeze_excite2d
 from effops.functional.sepconv import separable_conv_pool2d
 from effops.ops.epilogue import BatchNorm
 
@@ -44,5 +46,7 @@ __all__ = [
     "separable_conv_pool2d",
     "mix_conv2d",
     "multiception_conv2d",
+    "inverted_residual2d",
     "shared_depthwise_conv2d",
+    "squeeze_excite2d",
 ]

@@ -1,13 +1,13 @@
 """MobileNetV2 (arXiv 1801.04381): torchvision's architecture, which its trained weights fit.
 
-The state dict of torchvision's `mobilenet_v2` loads strictly through a key map; its blocks name layers by position:
+The state dict of torchvision's `mobilenet_v2` loads strictly through the blocks' key map; it names layers by position:
 
     torchvision                        here
-    features.1.conv.0.0, .0.1          features.1.ds.dw, .dw_norm          the first block has no expansion
-    features.1.conv.1, .2              features.1.ds.pw, .norm
-    features.N.conv.0.0, .0.1          features.N.expand.0, .1             N = 2 .. 17
-    features.N.conv.1.0, .1.1          features.N.ds.dw, .dw_norm
-    features.N.conv.2, .3              features.N.ds.pw, .norm
+    features.1.conv.0.0, .0.1          features.1.dw, .dw_norm             the first block has no expansion
+    features.1.conv.1, .2              features.1.pw, .norm
+    features.N.conv.0.0, .0.1          features.N.expand, .expand_norm     N = 2 .. 17
+    features.N.conv.1.0, .1.1          features.N.dw, .dw_norm
+    features.N.conv.2, .3              features.N.pw, .norm
     features.0.*, features.18.*, classifier.1.*                            the same
 """
 
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,7 +24,6 @@ from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
 from effops.models.registry import register_model
-from effops.modules._keys import ds_conv_key_map, rename_keys
 
 __all__ = ["MobileNetV2", "mobilenet_v2_weights"]
 
@@ -40,36 +38,6 @@ def _divisible(channels: float) -> int:
     """The nearest multiple of 8 (at least 8) that is not more than 10 % below."""
     rounded = max(8, int(channels + 4) // 8 * 8)
     return rounded if rounded >= 0.9 * channels else rounded + 8
-
-
-class _Block(nn.Module):
-    """x [+] project(dw(expand(x))): the depthwise and the projecting convolution are one kernel, which adds x too."""
-
-    def __init__(
-        self, layers: ModuleType, before: int, after: int, stride: int, expansion: int, act: Callable[[], nn.Module]
-    ) -> None:
-        super().__init__()
-        hidden = before * expansion
-        self.expand = (
-            nn.Identity()
-            if expansion == 1
-            else nn.Sequential(nn.Conv2d(before, hidden, 1, bias=False), nn.BatchNorm2d(hidden), act())
-        )
-        self.ds = layers.FusedDSConv(
-            hidden, after, stride=stride, dw_norm=nn.BatchNorm2d, dw_act=act, norm=nn.BatchNorm2d
-        )
-        self.shortcut = stride == 1 and before == after
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ds(self.expand(x), x if self.shortcut else None)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        slots = ["ds.dw", "ds.dw_norm", "ds.pw", "ds.norm"]
-        if not isinstance(self.expand, nn.Identity):
-            slots = ["expand.0", "expand.1", *slots]
-        keys = [key[len(prefix) :] for key in state_dict if key.startswith(f"{prefix}conv.")]
-        rename_keys(state_dict, prefix, ds_conv_key_map(keys, slots))
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class MobileNetV2(ImageClassifier):
@@ -106,7 +74,8 @@ class MobileNetV2(ImageClassifier):
         for expansion, out, count, stride in _STAGES:
             after = _divisible(out * width)
             for index in range(count):
-                features.append(_Block(layers, channels, after, stride if index == 0 else 1, expansion, act))
+                strided = stride if index == 0 else 1
+                features.append(layers.InvertedResidual(channels, after, 3, strided, expansion, act=act))
                 channels = after
         self.num_features = _divisible(1280 * max(1.0, width))
         features.append(

@@ -7,13 +7,15 @@ epilogue; in training its batch statistics are taken from the depthwise convolut
 What cannot be fused runs as the ordinary sub-modules do; `fusion_reasons()` and the module's repr say what and why.
 """
 
-from effops.modules._keys import ds_conv_key_map
+from effops.modules._keys import ds_conv_key_map, inverted_residual_key_map
 from effops.modules.blurmaxpool import BlurMaxPool2d
 from effops.modules.bsconv import BSConvS, BSConvU, orthonormal_loss
 from effops.modules.dsconv import FusedDSConv
 from effops.modules.dwconv import BlurPool2d, DepthwiseConv2d, FixedFilterConv2d, SharedDepthwiseConv2d
 from effops.modules.effnet import EffNetBlock, SeparableConvPool2d
+from effops.modules.mbconv import InvertedResidual
 from effops.modules.multiception import MixConv2d, MulticeptionConv2d
+from effops.modules.se import SqueezeExcite
 from effops.modules.vgnet import DownsamplingBlock, HalfIdentityBlock
 
 __all__ = [
@@ -30,7 +32,10 @@ __all__ = [
     "SeparableConvPool2d",
     "MixConv2d",
     "MulticeptionConv2d",
+    "InvertedResidual",
     "SharedDepthwiseConv2d",
+    "SqueezeExcite",
     "ds_conv_key_map",
     "orthonormal_loss",
+    "inverted_residual_key_map",
 ]

@@ -235,20 +235,25 @@ class FusedDSConv(FusedBlock):
             self._check_residual()
 
     def _check_residual(self) -> None:
-        where = f"{type(self).__name__}: residual=True"
-        if self.dw.in_channels != self.pw.out_channels:
-            raise ValueError(
-                f"{where} needs in_channels == out_channels, got {self.dw.in_channels} and {self.pw.out_channels}"
-            )
+        why_not = self._why_no_residual()
+        if why_not:
+            raise ValueError(f"{type(self).__name__}: residual=True needs {why_not}")
+
+    def _why_no_residual(self) -> str | None:
+        """What adding the input needs and is not there."""
+        if self._input_channels() != self.pw.out_channels:
+            return f"in_channels == out_channels, got {self._input_channels()} and {self.pw.out_channels}"
         if tuple(self.dw.stride) != (1, 1):
-            raise ValueError(f"{where} needs stride 1, got {self.dw.stride}")
+            return f"stride 1, got {self.dw.stride}"
         left, right, top, bottom = self._padding_sides()
         grown = (
             (top + bottom - self.dw.dilation[0] * (self.dw.kernel_size[0] - 1)),
             (left + right - self.dw.dilation[1] * (self.dw.kernel_size[1] - 1)),
         )
-        if grown != (0, 0):
-            raise ValueError(f"{where} needs a padding that keeps height and width; they change by {grown}")
+        return None if grown == (0, 0) else f"a padding that keeps height and width; they change by {grown}"
+
+    def _input_channels(self) -> int:
+        return self.dw.in_channels
 
     def _padding_sides(self) -> tuple[int, int, int, int]:
         """(left, right, top, bottom)."""
@@ -275,10 +280,17 @@ class FusedDSConv(FusedBlock):
         Raises:
             ValueError: residual given although the module adds its input already; one value per channel in training.
         """
-        if self.residual:
-            if residual is not None:
-                raise ValueError(f"{type(self).__name__}: residual given, but residual=True already adds the input")
-            residual = input
+        return self._run(input, self._residual_of(input, residual))
+
+    def _residual_of(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """What is added: the input where the module does that, else what was given."""
+        if not self.residual:
+            return residual
+        if residual is not None:
+            raise ValueError(f"{type(self).__name__}: residual given, but residual=True already adds the input")
+        return input
+
+    def _run(self, input: Tensor, residual: Tensor | None) -> Tensor:
         empty = input.shape[0] == 0 and takes_batch_statistics(self.dw_norm)  # no statistics; torch lets it pass
         if empty or not self._fuses():
             return self._forward_unfused(input, residual)
@@ -386,10 +398,14 @@ class FusedDSConv(FusedBlock):
 
     # -- state and text -----------------------------------------------------------------------------------------------
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+    def _slots(self) -> list[str]:
+        """The sub-modules that have a state, in the order in which they run."""
         first = ("dw", "dw_norm", "dw_act") if self.norm_first else ("dw", "dw_act", "dw_norm")
         second = ("pw", "norm", "act") if self.norm_first else ("pw", "act", "norm")
-        slots = [name for name in (*first, *second, "post_act") if self._modules[name].state_dict()]
+        return [name for name in (*first, *second, "post_act") if self._modules[name].state_dict()]
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        slots = self._slots()
         keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
         rename_keys(state_dict, prefix, ds_conv_key_map(keys, slots))
         super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,123 @@
+"""Squeeze-excite (room se)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.compiler import is_compiling
+
+from effops import _checks as check
+from effops import backends
+from effops.functional._gradients import distinct, needs_grad
+from effops.ops import geometry as G
+from effops.ops import se as _se
+from effops.ops.se.reference import GATES, Excitation
+from effops.ops.se.reference import squeeze_excite as _reference
+
+
+def excitation_codes(op: str, prefix: str, activation: str, gate: str) -> tuple[int, int]:
+    """The codes of a squeeze-excite's activation and gate; `prefix` is that of their names in messages."""
+    code = check.activation_code(op, f"{prefix}activation", activation)
+    if not isinstance(gate, str):
+        raise TypeError(f"{op}: {prefix}gate must be a string; got {type(gate).__name__}; accepted: {', '.join(GATES)}")
+    if gate not in GATES:
+        raise ValueError(f"{op}: unknown {prefix}gate {gate!r}; accepted: {', '.join(GATES)}")
+    return code, GATES[gate]
+
+
+def check_excitation_weights(
+    op: str, prefix: str, channels: int, reduce_weight: check.Shape, expand_weight: check.Shape
+) -> int:
+    """The two products take `channels` to as many again; returns the number in between."""
+    for name, shape in (("reduce_weight", reduce_weight), ("expand_weight", expand_weight)):
+        check.require_rank(op, prefix + name, shape, "[Cr,C,1,1]" if name == "reduce_weight" else "[C,Cr,1,1]")
+    between = reduce_weight[0]
+    if between == 0 or reduce_weight != (between, channels, 1, 1):
+        what = f"[Cr,{channels},1,1] with Cr > 0"
+        raise ValueError(f"{op}: {prefix}reduce_weight must be {what}; got {check.shape_text(reduce_weight)}")
+    if expand_weight != (channels, between, 1, 1):
+        what = f"[{channels},{between},1,1]"
+        raise ValueError(f"{op}: {prefix}expand_weight must be {what}; got {check.shape_text(expand_weight)}")
+    return between
+
+
+def excitation_plan(
+    op: str,
+    input: check.Shape,
+    reduce_weight: check.Shape,
+    expand_weight: check.Shape,
+    strides: check.Shape,
+    activation: str,
+    gate: str,
+) -> tuple[list[int], int]:
+    """Checks shapes and settings; returns the operator's int[] and the number of channels between the products."""
+    check.require_rank(op, "input", input, "[N,C,H,W]")
+    if 0 in input[1:]:
+        raise ValueError(
+            f"{op}: input must have positive sizes, only the batch may be 0; got {check.shape_text(input)}"
+        )
+    between = check_excitation_weights(op, "", input[1], reduce_weight, expand_weight)
+    codes = excitation_codes(op, "", activation, gate)
+    return [int(G.orders_channels_last(input, strides)), *codes], between
+
+
+_plan = check.cached(excitation_plan)
+
+
+def squeeze_excite2d(
+    input: Tensor,
+    reduce_weight: Tensor,
+    reduce_bias: Tensor | None,
+    expand_weight: Tensor,
+    expand_bias: Tensor | None,
+    *,
+    activation: str = "relu",
+    gate: str = "sigmoid",
+    backend: str = "auto",
+) -> Tensor:
+    """y = input * gate(W2 activation(W1 mean(input) + b1) + b2), the mean over height and width, as one kernel.
+
+    Args:
+        input: [N,C,H,W]; any strides; N may be 0.
+        reduce_weight: W1, [Cr,C,1,1].
+        reduce_bias: b1, [Cr], or None.
+        expand_weight: W2, [C,Cr,1,1].
+        expand_bias: b2, [C], or None.
+        activation: what is between the products; leaky_relu has a slope of 0.01.
+        gate: "sigmoid" or "hardsigmoid".
+        backend: "auto" or a backend's name.
+
+    Returns:
+        [N,C,H,W] of the input's dtype, channels_last where the input's strides are.
+
+    Raises:
+        TypeError: an argument of a wrong kind or dtype.
+        ValueError: a wrong shape, size, device or name.
+        RuntimeError: the backend asked for by name cannot run this.
+
+    Squeeze-and-Excitation Networks (arXiv 1709.01507, 3); MobileNetV3 (arXiv 1905.02244, 5.3) with gate="hardsigmoid".
+    """
+    op = "squeeze_excite2d"
+    if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
+        tensors = (input, reduce_weight, reduce_bias, expand_weight, expand_bias)
+        input, reduce_weight, reduce_bias, expand_weight, expand_bias = [check.cast(t, dtype) for t in tensors]
+    kind = check.check_input(op, input)
+    check.check_like(op, "reduce_weight", reduce_weight, kind, "[Cr,C,1,1]")
+    check.check_like(op, "expand_weight", expand_weight, kind, "[C,Cr,1,1]")
+    geometry, between = _plan(
+        op, input.shape, reduce_weight.shape, expand_weight.shape, input.stride(), activation, gate
+    )
+    if reduce_bias is not None:
+        check.check_vector(op, "reduce_bias", reduce_bias, between, kind)
+    if expand_bias is not None:
+        check.check_vector(op, "expand_bias", expand_bias, input.shape[1], kind)
+    call = backends.Call("se", op, input, reduce_weight, expand_weight, geometry, tuple(input.shape))
+    taken = backends.choose(call, backend)
+    tensors = (input, reduce_weight, reduce_bias, expand_weight, expand_bias)
+    if taken == "reference":
+        return _reference(input, Excitation(*tensors[1:], *geometry[1:]), geometry[0])
+    if torch.is_grad_enabled() and needs_grad(tensors):
+        if is_compiling():
+            tensors = distinct(tensors)
+        return _se.SqueezeExcite2dFunction.apply(*tensors, geometry, taken)
+    return _se.KERNELS[taken].forward(*tensors, geometry)
