@@ -380,18 +380,7 @@ struct DsconvForward {
 
   template <class D, bool Affine>
   EFFOPS_INLINE StoreClamped<D, Affine> clamped(D* y, index_t ld, index_t panel, index_t columns) const {
-    const index_t c = panels.first_column(panel);
-    return {y,
-            ld,
-            columns,
-            pw_epilogue.bias ? pw_epilogue.bias + c : nullptr,
-            Affine ? pw_epilogue.scale + c : nullptr,
-            Affine ? pw_epilogue.shift + c : nullptr,
-            pw_epilogue.low,
-            pw_epilogue.high,
-            pw_epilogue.post_low,
-            pw_epilogue.post_high,
-            stream};
+    return StoreClamped<D, Affine>::of(pw_epilogue, panels.first_column(panel), y, ld, columns, stream);
   }
 
   template <class D>

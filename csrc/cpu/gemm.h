@@ -125,6 +125,22 @@ struct StoreClamped {
   C low, high;
   C post_low, post_high;  // behind scale and shift, where there are any
   bool stream;            // past the caches
+
+  // Of an epilogue that this covers, from its channel `column` on.
+  EFFOPS_INLINE static StoreClamped of(const Epilogue<C>& e, index_t column, T* y, index_t ld, index_t columns,
+                                       bool stream) {
+    return {y,
+            ld,
+            columns,
+            e.bias ? e.bias + column : nullptr,
+            Affine ? e.scale + column : nullptr,
+            Affine ? e.shift + column : nullptr,
+            e.low,
+            e.high,
+            e.post_low,
+            e.post_high,
+            stream};
+  }
   template <int V>
   EFFOPS_INLINE void init(vec<C> (&acc)[V]) const {
     for (int v = 0; v < V; ++v) acc[v] = bias ? load(bias + v * kLanes<C>) : vec<C>{};

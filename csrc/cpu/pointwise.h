@@ -45,13 +45,11 @@ struct PointwiseProduct {
     if (!with_epilogue || (epilogue.trivial() && epilogue.bias == nullptr)) {
       gemm_panel(panels.width(i), pixels, rows, weights, columns, StoreRaw<C>{y, ld});
     } else if (epilogue.simple()) {
-      const C* bias = epilogue.bias ? epilogue.bias + column : nullptr;
       if (epilogue.affine()) {
-        const StoreClamped<C, true> out{
-            y, ld, columns, bias, epilogue.scale + column, epilogue.shift + column, epilogue.low, epilogue.high, false};
+        const auto out = StoreClamped<C, true>::of(epilogue, column, y, ld, columns, false);
         gemm_panel(panels.width(i), pixels, rows, weights, columns, out);
       } else {
-        const StoreClamped<C, false> out{y, ld, columns, bias, nullptr, nullptr, epilogue.low, epilogue.high, false};
+        const auto out = StoreClamped<C, false>::of(epilogue, column, y, ld, columns, false);
         gemm_panel(panels.width(i), pixels, rows, weights, columns, out);
       }
     } else {
