@@ -107,25 +107,23 @@ class LayerProblem:
 
     def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         """The stock twin and its input, both in the variant's memory format."""
-        return self._formatted(self._stock, variant)
+        memory_format = FORMATS[variant]
+        module = copy.deepcopy(self._stock).to(memory_format=memory_format)
+        return module, (self.x.contiguous(memory_format=memory_format),)
 
     def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
-        """A call of the module."""
-        module, inputs = self._formatted(self._effops, variant)
+        """A call of the module, whose weights stay as they are: the kernels take them so for either format."""
+        module, x = copy.deepcopy(self._effops), self.x.contiguous(memory_format=FORMATS[variant])
         for part in module.modules():
             if hasattr(part, "backend"):
                 part.backend = backend
-        return lambda: module(*inputs)
+        return lambda: module(x)
 
     def eager_result(self, variant: str) -> torch.Tensor:
         """Torch's own result in this dtype and memory format, which sets the error budget."""
         module, inputs = self.stock(variant)
         with torch.no_grad():
             return module(*inputs)
-
-    def _formatted(self, module: nn.Module, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
-        memory_format = FORMATS[variant]
-        return copy.deepcopy(module).to(memory_format=memory_format), (self.x.contiguous(memory_format=memory_format),)
 
 
 def _layer(case: LayerCase, namespace) -> nn.Module:
