@@ -105,6 +105,8 @@ def test_effnet_v1_by_hand() -> None:
     y = dw.norm(F.conv2d(y, dw.col.weight, padding=(1, 0), groups=8))
     y = F.relu(block.norm(F.conv2d(y, block.project.weight, stride=(2, 1))))
     torch.testing.assert_close(block(x), y, rtol=1e-12, atol=1e-12)
+    block.to(memory_format=torch.channels_last)  # the weights too
+    torch.testing.assert_close(block(x), y, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("version", (1, 2))

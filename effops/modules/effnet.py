@@ -175,6 +175,17 @@ class SeparableConvPool2d(FusedBlock):
         return ", ".join([f"pool={self.pool!r}", *filter(None, [super().extra_repr()])])
 
 
+def _row_taps(conv: nn.Conv2d) -> Tensor:
+    """[C * rows, 1, rows, 1]: depthwise kernels of multiplier `rows` that make channels of rows.
+
+    A convolution of `rows` x 1 and stride (rows, 1) over C channels is the pointwise one over these C * rows channels,
+    its weight [K, C, rows, 1] seen as [K, C * rows, 1, 1]. For the products 0 * x they have, an infinity in one row
+    makes a NaN of the other one, where the convolution itself might give an infinity.
+    """
+    rows, weight = conv.kernel_size[0], conv.weight
+    return torch.eye(rows, device=weight.device, dtype=weight.dtype).repeat(conv.in_channels, 1).view(-1, 1, rows, 1)
+
+
 class EffNetBlock(FusedBlock):
     """EffNet's block (arXiv 1801.06434): 4.2 as version 1, the revised one of 6.2 as version 2; both halve H and W.
 
@@ -184,8 +195,8 @@ class EffNetBlock(FusedBlock):
 
     The paper does not say what follows the first pointwise convolution, nor the slope: here a norm and ReLU follow it,
     and the slope is TensorFlow's default. The options are the paper's ablations (section 3 and 6.2); the defaults are
-    its blocks. Where both versions are fused, version 1's strided 2x1 convolution is the pointwise product over two
-    rows (`EF.ds_conv2d`, its upper row as the passthrough).
+    its blocks. Version 1's strided 2x1 convolution runs as the pointwise product over two rows (`EF.ds_conv2d`, whose
+    depthwise convolution makes two channels of two rows).
 
     Args:
         in_channels: C.
@@ -294,9 +305,8 @@ class EffNetBlock(FusedBlock):
             projection = nn.Conv2d(in_channels, out_channels, 1, bias=norm is None, **factory)
             self.shortcut = nn.Sequential(projection, make_norm(where, "norm", norm, out_channels, factory))
         self.backend = backend
-        # Kernels of the depthwise convolutions that hand their input on: the operator's pointwise part alone.
-        for name, channels in (("_one_expand", in_channels), ("_one_project", width * multiplier)):
-            self.register_buffer(name, torch.ones(channels, 1, 1, 1, **factory), persistent=False)
+        for name, conv in (("_expand_taps", self.expand), ("_project_taps", self.project)):
+            self.register_buffer(name, _row_taps(conv), persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """[N, C, H, W] -> [N, K, P, Q]."""
@@ -305,7 +315,7 @@ class EffNetBlock(FusedBlock):
         parts, buffers = self._modules, self._buffers
         expand, project = parts["expand"], parts["project"]
         stages = [last_norm_stage(parts["expand_norm"], self.backend), Stage("act", parts["expand_act"])]
-        e = self._pointwise(input, expand, buffers["_one_expand"], stages)
+        e = self._pointwise(input, expand, buffers["_expand_taps"], stages)
         stages = [last_norm_stage(parts["norm"], self.backend)]
         if self.residual:
             stages.append(Stage("residual", self._shortcut(input)))
@@ -313,18 +323,15 @@ class EffNetBlock(FusedBlock):
         z = parts["dw"](e)
         if project.groups != 1:
             return run_stages(project(z), stages)
-        return self._pointwise(z, project, buffers["_one_project"], stages)
+        return self._pointwise(z, project, buffers["_project_taps"], stages)
 
-    def _pointwise(self, x: Tensor, conv: nn.Conv2d, ones: Tensor, stages: list[Stage]) -> Tensor:
+    def _pointwise(self, x: Tensor, conv: nn.Conv2d, taps: Tensor, stages: list[Stage]) -> Tensor:
         """The 1x1 convolution, or the 2x1 one of stride (2, 1), and what follows it."""
         epilogue, fused = fill_epilogue(stages)
-        weight, upper = conv.weight, None
-        if conv.kernel_size[0] == 2:
-            # A product over the channels of two rows: the upper one passes by, the lower one meets a kernel of 1.
-            even = x.shape[2] // 2 * 2
-            upper, x = x[:, :, :even:2], x[:, :, 1:even:2]
-            weight = weight.transpose(1, 2).reshape(weight.shape[0], -1, 1, 1)
-        y = EF.ds_conv2d(x, ones, weight, None, conv.bias, passthrough=upper, **epilogue, backend=self.backend)
+        weight = conv.weight
+        k, c, rows, _ = weight.shape
+        weight = weight.reshape(k, c * rows, 1, 1)  # a view, unless the weight is channels_last
+        y = EF.ds_conv2d(x, taps, weight, None, conv.bias, conv.stride, **epilogue, backend=self.backend)
         return run_stages(y, stages[fused:])
 
     def _shortcut(self, input: Tensor) -> Tensor:
