@@ -197,20 +197,26 @@ class FmaProduct {
     // tile's pixels are summed apart. Sums over channels are short, and their tiles leave no registers for it.
     constexpr bool kApart = sizeof(T) == 4 && A == RowHolds::outer && B == RowHolds::outer;
     T apart[kApart ? kRows : 1][kApart ? kColumns : 1] = {};
-    EFFOPS_UNROLL
-    for (int d = 0; d < DEPTH; d += kStep) {
-      Vec<T, kStep> of_a[kRows];
+    // Unrolled whole, sums apart from others would have more loads in flight than registers for them.
+    constexpr int kChunk = kApart ? 8 * kStep : DEPTH;
+    static_assert(DEPTH % kChunk == 0);
+    EFFOPS_NO_UNROLL
+    for (int first = 0; first < DEPTH; first += kChunk) {
       EFFOPS_UNROLL
-      for (int i = 0; i < kRows; ++i) of_a[i] = elements<A, kStep>(a, pitch_a, y() + i * 16, d);
-      EFFOPS_UNROLL
-      for (int j = 0; j < kColumns; ++j) {
-        const Vec<T, kStep> of_b = elements<B, kStep>(b, pitch_b, x() + j * 16, d);
+      for (int d = first; d < first + kChunk; d += kStep) {
+        Vec<T, kStep> of_a[kRows];
         EFFOPS_UNROLL
-        for (int i = 0; i < kRows; ++i) {
+        for (int i = 0; i < kRows; ++i) of_a[i] = elements<A, kStep>(a, pitch_a, y() + i * 16, d);
+        EFFOPS_UNROLL
+        for (int j = 0; j < kColumns; ++j) {
+          const Vec<T, kStep> of_b = elements<B, kStep>(b, pitch_b, x() + j * 16, d);
           EFFOPS_UNROLL
-          for (int e = 0; e < kStep; ++e) {
-            T& sum = kApart ? apart[kApart ? i : 0][kApart ? j : 0] : sums_[i][j];
-            sum += of_a[i].v[e] * of_b.v[e];
+          for (int i = 0; i < kRows; ++i) {
+            EFFOPS_UNROLL
+            for (int e = 0; e < kStep; ++e) {
+              T& sum = kApart ? apart[kApart ? i : 0][kApart ? j : 0] : sums_[i][j];
+              sum += of_a[i].v[e] * of_b.v[e];
+            }
           }
         }
       }
