@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -336,6 +340,48 @@ def test_a_plain_residual_takes_no_kernel(cpp: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(effops.ops.bsconv, "kernel_gradients", lambda *_: [None] * 13)
     (grad,) = torch.autograd.grad(out.sum(), residual)
     assert torch.equal(grad, torch.ones_like(residual))
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+# The kernel's own record of the resident set's peak (test_memory.py says why); effops first, since a peak only grows.
+_PEAK = """
+import torch
+import effops.functional as EF
+import torch.nn.functional as F
+
+torch.set_num_threads(2)
+def step(function, size):
+    x = torch.ones(1, 8, size, size).contiguous(memory_format=torch.channels_last)
+    leaves = [x, torch.ones(160, 8, 1, 1), torch.ones(160, 1, 3, 3)]
+    y = function(*[t.requires_grad_() for t in leaves])
+    return torch.autograd.grad(y.sum(), leaves)
+def peak():
+    (line,) = [line for line in open("/proc/self/status") if line.startswith("VmHWM")]
+    return int(line.split()[1]) / 1024
+def fused(x, pw, dw):
+    return EF.bs_conv2d(x, pw, dw, None, 4, 1, backend="cpp")
+def stock(x, pw, dw):
+    return F.conv2d(F.conv2d(x, pw), dw, None, 4, 1, 1, 160)
+for function in (fused, stock):
+    step(function, 32)
+    before = peak()
+    step(function, 256)
+    print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc/self/status")
+def test_peak_of_a_training_step_has_no_room_for_the_intermediate(cpp: str) -> None:
+    """Input, output and their gradients are 9 MiB; the intermediate would be 40, and its gradient too."""
+    root = Path(__file__).resolve().parent.parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    command = [sys.executable, "-c", _PEAK]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr[-2000:]
+    fused, stock = map(float, result.stdout.split())
+    assert fused < 9 + 20, f"peak grows by {fused:.1f} MiB"
+    assert stock > 40, f"the measure does not see the stock chain's intermediate: {stock:.1f} MiB"
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
-from cases import ACTIVATIONS, DsCase, DwCase, Epi
+from cases import ACTIVATIONS, BsCase, DsCase, DwCase, Epi
 from helpers import KINKS, IllConditionedError, check_forward, check_gradients, interpreted, output_size
 from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
@@ -82,6 +84,22 @@ def cases(draw, dtype: torch.dtype, channel_counts: st.SearchStrategy[int] = CHA
     return case
 
 
+@st.composite
+def blueprint_cases(draw, dtype: torch.dtype, channel_counts: st.SearchStrategy[int] = CHANNELS) -> BsCase:
+    smooth = dtype == torch.bfloat16
+    drawn = draw(cases(dtype, channel_counts).filter(lambda case: isinstance(case, DwCase) and case.multiplier == 1))
+    common = ("n", "c", "h", "w", "kernel", "stride", "padding", "dilation", "layout", "residual_layout")
+    norm = {"scale": draw(st.booleans()), "shift": draw(st.booleans())}
+    return BsCase(
+        **{name: getattr(drawn, name) for name in (*common, "float_params", "data", "id")},
+        k=draw(channel_counts),
+        m=draw(st.one_of(st.just(0), st.integers(1, 9))),
+        mid=Epi(**norm),
+        pw=replace(draw(epilogues(smooth)), residual=False),
+        epi=draw(epilogues(smooth)),
+    )
+
+
 def hold_budget(strategy: st.SearchStrategy, dtype: torch.dtype, backend: str, share: int) -> None:
     """Draws one ``share``-th of the profile's examples and holds values and gradients to the budget."""
     profile = settings.get_profile("effops")
@@ -111,3 +129,9 @@ def test_drawn_case(dtype: torch.dtype, backend: str) -> None:
 def test_drawn_case_of_many_channels(dtype: torch.dtype, backend: str) -> None:
     """Several register tiles, panels and blocks of channels, and what is left over of each."""
     hold_budget(cases(dtype, st.integers(41, 300)), dtype, backend, share=16)
+
+
+@pytest.mark.parametrize("channels", (CHANNELS, st.integers(41, 300)), ids=("few", "many"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float64), ids=str)
+def test_drawn_blueprint_case(dtype: torch.dtype, channels: st.SearchStrategy[int], cpp: str) -> None:
+    hold_budget(blueprint_cases(dtype, channels), dtype, cpp, share=8)
