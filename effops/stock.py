@@ -16,6 +16,8 @@ from effops import modules
 from effops.modules import ds_conv_key_map, inverted_residual_key_map
 from effops.modules.vgnet import Pair
 from effops.ops.dwconv.banks import binomial
+from effops.ops.epilogue import activate
+from effops.ops.se.reference import GATES, SLOPE
 
 __all__ = [
     "BSConvS",
@@ -140,7 +142,7 @@ class SqueezeExcite(modules.SqueezeExcite):
 
     def forward(self, input: Tensor) -> Tensor:
         gates = self.expand(self.act(self.reduce(F.adaptive_avg_pool2d(input, 1))))
-        return input * (torch.sigmoid(gates) if self.gate == "sigmoid" else F.hardsigmoid(gates))
+        return input * activate(gates, GATES[self.gate], SLOPE)
 
 
 class InvertedResidual(modules.InvertedResidual):

@@ -8,8 +8,8 @@ from torch import Tensor, nn
 import effops.functional as EF
 from effops.modules._arguments import ActivationLike, check_int, make_activation
 from effops.modules._fusion import activation_of, tampered
-
-_GATES = ("sigmoid", "hardsigmoid")
+from effops.ops.epilogue import activate
+from effops.ops.se.reference import GATES, SLOPE
 
 
 def make_divisible(channels: float, divisor: int = 8) -> int:
@@ -65,8 +65,8 @@ class SqueezeExcite(nn.Module):
                 raise ValueError(f"{where}: ratio must be above 0, got {ratio!r}")
             reduced_channels = make_divisible(channels * ratio)
         check_int(where, "reduced_channels", reduced_channels)
-        if gate not in _GATES:
-            raise ValueError(f"{where}: unknown gate {gate!r}; accepted: {', '.join(_GATES)}")
+        if gate not in GATES:
+            raise ValueError(f"{where}: unknown gate {gate!r}; accepted: {', '.join(GATES)}")
         factory = {"device": device, "dtype": dtype}
         self.reduce = nn.Conv2d(channels, reduced_channels, 1, bias=bias, **factory)
         self.act = make_activation(where, "act", act)
@@ -82,7 +82,7 @@ class SqueezeExcite(nn.Module):
             if type(module) is not nn.Conv2d:
                 reasons.append(f"{name} is {type(module).__name__}, not a plain Conv2d")
         known = activation_of(self.act)
-        if known is None or (known[0] == "leaky_relu" and known[1] != 0.01):
+        if known is None or (known[0] == "leaky_relu" and known[1] != SLOPE):
             reasons.append(f"act is {self.act!r}, which the kernels do not know")
         reasons += [f"{name} {why}" for name, module in self.named_children() if (why := tampered(module))]
         return tuple(reasons)
@@ -107,8 +107,7 @@ class SqueezeExcite(nn.Module):
 
     def _forward_unfused(self, input: Tensor) -> Tensor:
         gates = self.expand(self.act(self.reduce(input.mean((2, 3), keepdim=True))))
-        gates = torch.sigmoid(gates) if self.gate == "sigmoid" else nn.functional.hardsigmoid(gates)
-        return input * gates
+        return input * activate(gates, GATES[self.gate], SLOPE)
 
     def extra_repr(self) -> str:
         reasons = self.fusion_reasons()
