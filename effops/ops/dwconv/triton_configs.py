@@ -68,7 +68,10 @@ _SMALL = {2: ((8, 4, 200), (2, 4, 128)), 4: ((4, 4, 168), (2, 4, 128)), 8: ((2, 
 # The running moments stand beside the sums, or the epilogue's vectors.
 _SUMS = {9: _SMALL | {4: ((4, 2, 168), (2, 4, 128))}, 25: _MEDIUM}
 _FORWARD = {9: _SMALL | {2: ((8, 2, 200), (2, 4, 128))}, 25: _MEDIUM}
-_EPILOGUE = {9: _FORWARD[9] | {2: ((8, 2, 255), (2, 4, 128)), 8: ((2, 2, 168), (1, 4, 168))}, 25: _MEDIUM}
+_EPILOGUE = {
+    9: _FORWARD[9] | {2: ((8, 2, 255), (2, 4, 128)), 8: ((2, 2, 168), (1, 4, 168))},
+    25: _MEDIUM | {2: (None, (2, 2, 168)), 4: (None, (2, 2, 168))},
+}
 _TABLE = {
     "forward": _FORWARD,
     "epilogue_gradient": _EPILOGUE,
