@@ -23,7 +23,6 @@ from helpers import (
     call,
     check_forward,
     check_gradients,
-    draw,
     generator,
     geometry_of,
     gradients,
@@ -191,8 +190,7 @@ def test_every_gradient_alone(layout: str, cpp: str) -> None:
 @pytest.mark.parametrize("layout", ("transposed", "expand_space", "cl_odd_chunk"))
 def test_grad_output_of_any_strides(layout: str, cpp: str) -> None:
     tensors = make_tensors(FULL_CASE, torch.float32)
-    shape = oracle(tensors, FULL_CASE).shape
-    grad_output = lay_out(draw(shape, generator("strides"), "normal"), layout, torch.float32)
+    grad_output = lay_out(make_grad_output(FULL_CASE, oracle(tensors, FULL_CASE).shape), layout, torch.float32)
     _, truth = gradients(lambda t: oracle(t, FULL_CASE), to_float64(tensors), grad_output.double())
     _, yardstick = gradients(lambda t: oracle(t, FULL_CASE), tensors, grad_output)
     found = ops.bsconv_bwd(grad_output, None, **raw_arguments(FULL_CASE, tensors, mask=8191))
