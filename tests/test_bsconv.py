@@ -36,6 +36,7 @@ from helpers import (
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.export import Dim, export
+from torch.utils.flop_counter import FlopCounterMode
 
 import effops
 import effops.functional as EF
@@ -319,6 +320,14 @@ def test_bitwise_repeats(cpp: str) -> None:
     assert torch.equal(first[0], again[0])
     for name in first[1]:
         assert torch.equal(first[1][name], again[1][name]), name
+
+
+def test_flops_are_two_a_multiply_accumulate(backend: str) -> None:
+    """Of the unfused chain: both pointwise convolutions at the input's size, the depthwise at the output's."""
+    x, mid, pw, dw = (torch.randn(shape) for shape in ((2, 6, 9, 8), (3, 6, 1, 1), (4, 3, 1, 1), (4, 1, 3, 3)))
+    with FlopCounterMode(display=False) as counter:
+        EF.bs_conv2d(x, pw, dw, None, 2, 1, mid_weight=mid, backend=backend)
+    assert counter.get_total_flops() == 2 * 2 * (9 * 8 * (6 * 3 + 3 * 4) + 5 * 4 * 4 * 9)
 
 
 def test_explain_and_refusals(cpp: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import DS_CASES, DW_CASES, DsCase, DwCase
+from cases import BS_CASES, DS_CASES, DW_CASES, DsCase, DwCase
 from helpers import (
     assert_within_budget,
     call,
@@ -135,7 +135,7 @@ def _cpu_flags() -> set[str]:
 def numerics_of_this_process() -> str:
     """Compact numerics of whatever instruction set this process has chosen; run in a subprocess by test_isa."""
     poison_memory()
-    small = [c for c in [*DW_CASES, *DS_CASES] if c.h * c.w < 400]
+    small = [c for c in [*DW_CASES, *DS_CASES, *BS_CASES] if c.h * c.w < 400]
     for case in small:
         check_forward(case, torch.float32, "cpp")
         check_forward(case, torch.bfloat16, "cpp")

@@ -14,8 +14,9 @@
 // input (and make the mid tile) once each. `plan` takes what is estimated to be faster.
 //
 // Bytes moved: the input once a range of panels, plus the halo rows of bands; each output once; W once a step (from L2).
-// Of z nothing: 56x56, 128 -> 128 reads and writes 1.6 MB each, where two kernels move 6.4 MB; 3.2 us of 51 us at 1 FMA
-// port (411 MFMA in fp32 AVX-512: 25.7 M register FMAs). 14x14, 512 -> 512: 0.4 MB each, and W's 1 MB, packed.
+// Of z nothing. Floors in fp32 at batch 1, two AVX-512 FMAs a cycle: 56x56, 128 -> 128 is 55 M multiply-adds, 3.4 M
+// register FMAs, 1.7 M cycles, beside 1.6 MB read and 1.6 MB written (two kernels move 6.4 MB); 14x14, 512 -> 512 is 52 M,
+// 1.6 M cycles, beside 0.4 MB each and W's 1 MB, which is packed first.
 
 template <class T>
 struct BsconvForward {
