@@ -48,6 +48,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("dw_case", shapes.DWCONV),
         ("bs_case", shapes.BSCONV),
         ("multi_case", shapes.MULTICEPTION),
+        ("mb_case", shapes.MBCONV),
     ):
         if name in metafunc.fixturenames:
             every = metafunc.config.getoption("--bench-all-shapes")

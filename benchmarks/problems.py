@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.shapes import BSCase, DSCase, DWCase, MultiCase
+from benchmarks.shapes import BSCase, DSCase, DWCase, MBCase, MultiCase
 
 FORMATS = {"nchw": torch.contiguous_format, "channels_last": torch.channels_last}
 _BN_EPS = 1e-5
@@ -65,7 +65,7 @@ class _Problem:
 
     def __init__(
         self,
-        case: DSCase | DWCase | BSCase | MultiCase,
+        case: DSCase | DWCase | BSCase | MultiCase | MBCase,
         batch: int,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -368,6 +368,66 @@ class MultiProblem(_Problem):
         return lambda: module(x)
 
 
+class _StockMB(nn.Module):
+    """The block as networks write it, batch norms folded into biases, ReLU6 in place."""
+
+    def __init__(self, case: MBCase) -> None:
+        super().__init__()
+        c = case.hidden
+        self.expand = nn.Conv2d(case.channels, c, 1) if case.expands else None
+        self.dw = nn.Conv2d(c, c, case.kernel, case.stride, case.kernel // 2, groups=c)
+        self.pw = nn.Conv2d(c, case.out, 1)
+        self.residual = case.residual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        e = x if self.expand is None else F.relu6(self.expand(x), inplace=True)
+        y = self.pw(F.relu6(self.dw(e), inplace=True))
+        return y + x if self.residual else y
+
+
+class MBProblem(_Problem):
+    """One inverted residual with folded epilogues."""
+
+    def __init__(
+        self, case: MBCase, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ) -> None:
+        super().__init__(case, batch, dtype, device)
+        c = case.hidden
+        self.state = {"dw.weight": self.bank, "dw.bias": self._randn(c, scale=0.1) + 1}
+        if case.expands:
+            weight = self._randn(c, case.channels, 1, 1, scale=case.channels**-0.5)
+            self.state |= {"expand.weight": weight, "expand.bias": self._randn(c, scale=0.1) + 1}
+        self.state |= {"pw.weight": self._randn(case.out, c, 1, 1, scale=c**-0.5), "pw.bias": self._randn(case.out)}
+
+    def _truth(self) -> torch.Tensor:
+        t = {name: tensor.double() for name, tensor in self.state.items()}
+        e = self.x.double()
+        if self.case.expands:
+            e = activation64(pointwise64(e, t["expand.weight"]) + _channels(t["expand.bias"]), "relu6")
+        u = depthwise64(e, t["dw.weight"], self.case.stride) + _channels(t["dw.bias"])
+        y = pointwise64(activation64(u, "relu6"), t["pw.weight"]) + _channels(t["pw.bias"])
+        return y + self.x.double() if self.case.residual else y
+
+    def stock(self, variant: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
+        """The stock module in eval mode and its input, both in the variant's memory format."""
+        module = _StockMB(self.case).to(self.device, self.dtype)
+        module.load_state_dict(self.state)
+        return _formatted(module, (self.x,), variant)
+
+    def effops(self, variant: str, backend: str = "auto") -> Callable[[], torch.Tensor]:
+        """A call of the public function: dispatch, checks and weight packing are inside the timing."""
+        import effops.functional as EF
+
+        case, t = self.case, self.state
+        x = self.x.contiguous(memory_format=FORMATS[variant])
+        arguments = {"dw_activation": "relu6", "residual": x if case.residual else None, "backend": backend}
+        if case.expands:
+            arguments["expand_activation"] = "relu6"
+        tensors = (t.get("expand.weight"), t["dw.weight"], t["pw.weight"])
+        biases = (t.get("expand.bias"), t["dw.bias"], t["pw.bias"])
+        return lambda: EF.inverted_residual2d(x, *tensors, *biases, case.stride, case.kernel // 2, **arguments)
+
+
 def _folded_norm(name: str, scale: torch.Tensor, shift: torch.Tensor) -> dict[str, torch.Tensor]:
     """The state of a batch norm that is exactly scale and shift: eps + running_var = 1."""
     return {
@@ -385,15 +445,15 @@ def _formatted(module: nn.Module, inputs: tuple, variant: str) -> tuple[nn.Modul
     return module, tuple(x.contiguous(memory_format=memory_format) for x in inputs)
 
 
-_KINDS = {DSCase: DSProblem, DWCase: DWProblem, BSCase: BSProblem, MultiCase: MultiProblem}
+_KINDS = {DSCase: DSProblem, DWCase: DWProblem, BSCase: BSProblem, MultiCase: MultiProblem, MBCase: MBProblem}
 
 
 def build(
-    case: DSCase | DWCase | BSCase | MultiCase,
+    case: DSCase | DWCase | BSCase | MultiCase | MBCase,
     batch: int,
     dtype: str = "float32",
     device: torch.device | str = "cpu",
-) -> DSProblem | DWProblem | BSProblem | MultiProblem:
+) -> DSProblem | DWProblem | BSProblem | MultiProblem | MBProblem:
     """The problem for a case of any kind."""
     kind = _KINDS[type(case)]
     return kind(case, batch, getattr(torch, dtype), device)

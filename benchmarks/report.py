@@ -534,6 +534,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "targets": _targets,
     "dsconv-summary": _section("dsconv", _dsconv_summary),
     "dsconv": _section("dsconv", _dsconv_table),
+    "mbconv": _section("mbconv", _dsconv_table),
     "pointwise": _section("dsconv", _pointwise_table),
     "bf16": _section("bf16", _bf16_table),
     "dwconv": _section("dwconv", _dwconv_table),

@@ -198,6 +198,10 @@ def multiception_jobs(args: argparse.Namespace) -> list[Job]:
     return _case_jobs(shapes.MULTICEPTION, "multiception", args.peers, args)
 
 
+def mbconv_jobs(args: argparse.Namespace) -> list[Job]:
+    return _case_jobs(shapes.MBCONV, "pair", args.peers, args)
+
+
 def bf16_jobs(args: argparse.Namespace) -> list[Job]:
     """effops in bf16 and in fp32, turn by turn; eager's bf16 stands beside them."""
     jobs = []
@@ -250,6 +254,7 @@ SUITES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
     "blurmaxpool": blurmaxpool_jobs,
     "bsconv": bsconv_jobs,
     "multiception": multiception_jobs,
+    "mbconv": mbconv_jobs,
     "bf16": bf16_jobs,
     "models": models_jobs,
     "training": training_jobs,

@@ -103,6 +103,53 @@ class DSCase:
 
 
 @dataclass(frozen=True)
+class MBCase:
+    """One inverted residual on a square map with folded biases and ReLU6: 1x1, depthwise, 1x1, plus the input.
+
+    Attributes:
+        channels, hidden, out: before, between and behind; hidden == channels: there is no expansion.
+        residual: the input is added.
+        count: how often the network holds this shape.
+    """
+
+    name: str
+    channels: int
+    hidden: int
+    out: int
+    size: int
+    stride: int = 1
+    kernel: int = 3
+    count: int = 1
+    bank: str = "learned"
+
+    @property
+    def residual(self) -> bool:
+        return self.stride == 1 and self.channels == self.out
+
+    @property
+    def expands(self) -> bool:
+        return self.hidden != self.channels
+
+    @property
+    def out_size(self) -> int:
+        return (self.size + 2 * (self.kernel // 2) - self.kernel) // self.stride + 1
+
+    @property
+    def bank_size(self) -> int:
+        return self.hidden
+
+    def macs(self, batch: int) -> int:
+        expansion = self.channels * self.hidden * self.size**2 if self.expands else 0
+        return batch * (expansion + self.hidden * (self.kernel**2 + self.out) * self.out_size**2)
+
+    def traffic(self, batch: int, dtype: str = "float32") -> int:
+        """Bytes that must move when everything is read once and written once and nothing expanded leaves the cache."""
+        maps = self.channels * self.size**2 + self.out * self.out_size**2
+        weights = self.hidden * (self.kernel**2 + self.out + (self.channels if self.expands else 0))
+        return ITEMSIZE[dtype] * (batch * maps + weights)
+
+
+@dataclass(frozen=True)
 class BSCase:
     """One pointwise [-> pointwise] -> depthwise chain on a square map with 'same' padding, ReLU behind it.
 
@@ -172,6 +219,31 @@ class MultiCase:
         maps = self.channels * self.size**2 + self.out * self.out_size**2
         weights = self.channels * (sum(k * k for k in self.kernels) + len(self.kernels) * self.out)
         return ITEMSIZE[dtype] * (batch * maps + weights)
+
+
+def _mobilenetv2() -> list[MBCase]:
+    """The 17 blocks at 224 (12 distinct shapes)."""
+    blocks = [
+        (32, 1, 16, 112, 1, 1),
+        (16, 6, 24, 112, 2, 1),
+        (24, 6, 24, 56, 1, 1),
+        (24, 6, 32, 56, 2, 1),
+        (32, 6, 32, 28, 1, 2),
+        (32, 6, 64, 28, 2, 1),
+        (64, 6, 64, 14, 1, 3),
+        (64, 6, 96, 14, 1, 1),
+        (96, 6, 96, 14, 1, 2),
+        (96, 6, 160, 14, 2, 1),
+        (160, 6, 160, 7, 1, 2),
+        (160, 6, 320, 7, 1, 1),
+    ]
+    return [
+        MBCase(f"mnv2-{c}-{c * t}-{k}-{size}-s{s}", c, c * t, k, size, s, count=count)
+        for c, t, k, size, s, count in blocks
+    ]
+
+
+MBCONV = tuple(_mobilenetv2())
 
 
 def _mobilenetv1() -> list[DSCase]:
@@ -268,6 +340,7 @@ BS_TRAINING = {
     "bs-cifar-16-16-32-s1",
     "bs-cifar-32-64-16-s2",
     "bs-cifar-64-64-8-s1",
+    "mnv2-64-384-64-14-s1",
 }
 
 # On a GPU (`make gpu`): the chains above, and two that stand for networks not listed here. In this order, the most
@@ -409,13 +482,14 @@ QUICK = {
     "blurmax-56-56",
     "bs-mnv1-128-128-56-s1",
     "bs-cifar-64-64-8-s1",
+    "mnv2-64-384-64-14-s1",
     "multi-32-32-16-k35",
 }
 
 
-def find(name: str) -> DSCase | DWCase | LayerCase | BSCase | MultiCase:
+def find(name: str) -> DSCase | DWCase | LayerCase | BSCase | MultiCase | MBCase:
     """Return the case of that name; KeyError names what exists."""
-    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *BSCONV, *MULTICEPTION, *_GPU_ONLY)
+    known = (*DSCONV, *DWCONV, *EFFNET, *BLUR_MAX_POOLS, *BSCONV, *MULTICEPTION, *MBCONV, *_GPU_ONLY)
     for case in known:
         if case.name == name:
             return case

@@ -1,22 +1,23 @@
 // Room mbconv: 1x1 -> epilogue -> depthwise -> epilogue [-> squeeze-excite] -> 1x1 -> epilogue + residual in one pass.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-//   x rows [W][C] --gemm, one panel of We--> ring of expanded rows [W][32 of D] --dw--> z [pixels][D] --gemm, Wp--> y rows
-//                    `-- for every panel of D: 32 expanded channels at a time, which L1 holds --'
+//   x rows [W][C] --gemm, a panel of We--> ring of expanded rows [W][32 of D] --dw--> z [pixels][D] --gemm, Wp--> y
+//                    for every panel of D: 32 expanded channels at a time, which L1 holds
 //
-// Nothing of the width D but z ever exists, and z for a group of output rows only. Three ways to go about it:
-//   bands   a task owns a band of output rows of one image and walks it in groups of as many rows as keep a panel's ring
-//           in L1; a ring a panel stays from group to group, so that an input row is expanded once (and once more where
-//           two bands meet). Where the whole map is one group (14x14, 7x7), one ring serves all panels.
-//   panels  fewer images than threads, small maps: threads share the panels of D, each packing its own of We, and then
-//           the pixels and panels of y. No row is expanded twice, no weight is read by two threads.
-//   With a squeeze-excite the group is the whole image: z is stored once, its means are taken as it is made (row by row,
-//   in cache), and it is multiplied by the gates before the projection reads it. The alternative, computing z a second
-//   time, costs C + R S FMAs a value where storing costs a write and two reads of 4 bytes: some 2 cycles a register from
-//   L2 and 5 from L3 against (C + R S) / 2 >= 12 for every C of such networks (>= 8). So z is always stored.
+// Nothing of the width D but z ever exists, and z for a group of output rows only. Two ways to go about it:
+//   bands   A task owns a band of output rows of one image and walks it in groups of as many rows as keep a panel's
+//           ring in L1. A ring a panel stays from group to group, so that an input row is expanded once (and once more
+//           where two bands meet). Where the whole map is one group (14x14, 7x7), one ring serves all panels.
+//   panels  Fewer images than threads, small maps: threads share the panels of D, each packing its own of We, and then
+//           the pixels and panels of y. No row is expanded twice, no weight of the expansion is read by two threads.
+// With a squeeze-excite the group is the whole image: z is stored once, its means are taken as it is made (row by row,
+// in cache), and it is multiplied by the gates before the projection reads it. Per register of z that is a write and
+// two more reads, some 2 cycles from L2 and 5 from L3. The alternative, computing z a second time, takes (C + R S) / 2
+// cycles or more, 12 for the smallest expansion (C = 16), and without one 4.5 beside the reads of x, which are as many
+// as those of z. So z is always stored.
 //
-// Bytes moved: x once (a panel's reads of it hit L2), y once, the residual once, We and Wp once a group or image from
-// L2. Floors at 560 GFLOP/s on two threads: 56x56, 24 -> 144 -> 24, 25.7 MMAC: 0.105 ms with the projection's 24
+// Bytes moved: x once (a panel's further reads of it hit L2), y once, the residual once, We and Wp once a group or
+// image from L2. Floors at 560 GFLOP/s on two threads: 56x56, 24 -> 144 -> 24, 25.7 MMAC: 0.105 ms with the projection's 24
 // columns as 32; 14x14, 96 -> 576 -> 96, 22.7 MMAC: 0.081 ms.
 
 template <class T>
@@ -211,7 +212,8 @@ struct MbconvForward {
     ring.end = end;
   }
 
-  // z of output rows [p_begin, p_end) of image n, a panel's columns of it. sums: of its channels, for the means, or null.
+  // z of output rows [p_begin, p_end) of image n, a panel's columns of it. sums: of its channels, for the means; or
+  // null.
   template <class Source, class Expand>
   void fill(const DepthwisePanel& dw, Source& source, index_t n, index_t p_begin, index_t p_end, C* z, double* sums,
             const Expand& expand_until) const {

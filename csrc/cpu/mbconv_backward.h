@@ -6,8 +6,8 @@
 //   epilogue backward(e sums, ge) = gs     grad We += gs^T x     grad x = gs We
 //
 // A band is a range of input rows of one image (BandPlan, backward.h), of so many that its expanded rows take some 512
-// KB; its tiles (e, u, z, gz and their neighbours' rows at its edges) lie in scratch memory. With a squeeze-excite a band
-// is an image, since its gates depend on all of z. Each slot of tasks has its own partial sums, added in order.
+// KB; its tiles (e, u, z, gz and their neighbours' rows at its edges) lie in scratch memory. With a squeeze-excite a
+// band is an image, since its gates depend on all of z. Each slot of tasks has its own partial sums, added in order.
 
 template <class T>
 struct MbconvBackward {
