@@ -254,6 +254,20 @@ def allows(name: str, backend: str) -> bool:
     return wanted == "auto" or wanted == name
 
 
+def has_kernels(op: str, input: Tensor, backend: str) -> bool:
+    """Whether a call with this `backend` argument may find kernels for the operator, or asks for the reference.
+
+    A block of several operators then calls the one that is all of it; else its parts, which more backends have.
+    """
+    wanted = _selected if backend == "auto" else backend
+    if wanted == "reference":
+        return True
+    kernels = [candidate for candidate in BACKENDS if isinstance(candidate, _Kernels)]
+    if wanted == "auto":
+        return any(op in candidate.operators for candidate in kernels if candidate.device == input.device.type)
+    return any(op in candidate.operators for candidate in kernels if candidate.name == wanted)
+
+
 def choose(call: Call, backend: str) -> str:
     """The name of the backend that runs the call.
 

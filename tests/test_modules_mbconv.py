@@ -103,6 +103,17 @@ def test_eval_is_one_kernel_and_frozen_norms_stay_so(cpp: str) -> None:
     assert len(backends.explain(module, x).calls) > 1
 
 
+@pytest.mark.parametrize("name", ("triton", "cuda"))
+def test_backends_without_kernels_for_all_of_it_run_the_parts(name: str, request: pytest.FixtureRequest) -> None:
+    request.getfixturevalue(name)
+    module = effops.InvertedResidual(4, 4, backend=name).eval()
+    twin = stock.InvertedResidual(4, 4).eval()
+    twin.load_state_dict(module.state_dict())
+    x = torch.randn(1, 4, 5, 5)
+    torch.testing.assert_close(module(x), twin(x))
+    assert [call.backend for call in backends.explain(module, x).calls] == [name]
+
+
 def test_empty_batch(mb_backend: str) -> None:
     for name in ("residual", "mobilenet_v3"):
         make, _ = maker(name)

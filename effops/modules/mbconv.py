@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import effops.functional as EF
+from effops import backends
 from effops.modules._arguments import (
     ActivationLike,
     IntOrPair,
@@ -66,7 +67,8 @@ class InvertedResidual(FusedDSConv):
     The sub-modules are ordinary modules (nn.Identity where absent); dw and what follows it are a `FusedDSConv`'s, by
     its names. In eval mode everything is one kernel: neither e nor (without a squeeze-excite) z goes to memory. In
     training each batch norm takes its statistics as the convolution before it goes: the expansion and its norm are one
-    operator, dw and pw another, as in `FusedDSConv`.
+    operator, dw and pw another, as in `FusedDSConv`. On backends without kernels for the whole (Triton, CUDA) the
+    expansion is torch's, followed by that other operator.
 
     `load_state_dict` accepts the keys of torchvision's and timm's blocks: `inverted_residual_key_map`.
 
@@ -234,9 +236,10 @@ class InvertedResidual(FusedDSConv):
     def _run(self, input: Tensor, residual: Tensor | None) -> Tensor:
         parts = self._modules
         norms = (parts["expand_norm"], parts["dw_norm"], parts["norm"])
-        if not any(map(takes_batch_statistics, norms)) and self._runs_as_one():
+        whole = backends.has_kernels("mbconv", input, self.backend)
+        if whole and not any(map(takes_batch_statistics, norms)) and self._runs_as_one():
             return self._run_as_one(input, residual)
-        expanded = self._expanded(input)
+        expanded = self._expanded(input, whole)
         if type(parts["se"]) is nn.Identity and not tampered(parts["se"]):
             return super()._run(expanded, residual)
         if len(input) == 0 or not self._fuses():
@@ -270,10 +273,11 @@ class InvertedResidual(FusedDSConv):
         )  # fmt: skip
         return run_stages(output, stages[fused:])
 
-    def _expanded(self, input: Tensor) -> Tensor:
+    def _expanded(self, input: Tensor, with_norm: bool) -> Tensor:
+        """The expansion; as one operator with its norm in training, where the backend takes that into its kernel."""
         parts = self._modules
         expand, norm, act = parts["expand"], parts["expand_norm"], parts["expand_act"]
-        if type(expand) is nn.Identity or self._front_reasons() or len(input) == 0:
+        if not with_norm or type(expand) is nn.Identity or self._front_reasons() or len(input) == 0:
             return act(norm(expand(input)))
         return self._pointwise(input, expand, [last_norm_stage(norm, self.backend), Stage("act", act)])
 
