@@ -162,8 +162,8 @@ struct BsconvBackwardArgs {
   EpilogueGrads mid_grads, pw_grads, grads;
 };
 
-// 1xS convolution, epilogue, max pool of pool_w along the width, Rx1 convolution, epilogue, max pool of pool_h along the
-// height; a pool of 1 is none. row.Q and col.P are multiples of their pools: what a pool drops is not computed.
+// 1xS convolution, epilogue, max pool of pool_w along the width, Rx1 convolution, epilogue, max pool of pool_h along
+// the height; a pool of 1 is none. row.Q and col.P are multiples of their pools: what a pool drops is not computed.
 struct SepconvForwardArgs {
   DepthwiseGeometry row, col;
   index_t pool_w, pool_h;

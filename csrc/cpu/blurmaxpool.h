@@ -1,16 +1,16 @@
 // Room blurmaxpool: max pool of stride 1, then a binomial blur with stride, in one pass, forward and backward.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-//   forward    input rows --max--> line [Wp], one register of channels, L1 --blur along the width--> ring of `size` rows
-//              [Q][ld] --blur along the height--> output row
+//   forward    input rows --max--> line [Wp], one register of channels, L1 --blur along the width--> ring of `size`
+//              rows [Q][ld] --blur along the height--> output row
 //   backward   grad_output rows --height--> line [Q] --width--> line [Wp] --to each window's first maximum--> ring of
 //              window_h rows [W][ld] of grad input
 //
 // The blur is the outer product of one row of binomial coefficients, so that it goes along one axis at a time: size +
 // size / stride multiply-adds a result of the first. The pooled map exists only as lines. A task owns a range of output
-// rows (backward: a band of input rows of one image); neighbours both compute the size + window - 2 rows at an edge. Moved:
-// the input once, the output once (backward: the input, both gradients): 5 bytes an fp32 input value at stride 2, a
-// floor of 0.10 ms at 40 GB/s for 64 channels of 112x112 and 0.013 ms for 128 of 28x28.
+// rows (backward: a band of input rows of one image); neighbours both compute the size + window - 2 rows at an edge.
+// Moved: the input once, the output once (backward: the input, both gradients): 5 bytes an fp32 input value at stride 2,
+// a floor of 0.10 ms at 40 GB/s for 64 channels of 112x112 and 0.013 ms for 128 of 28x28.
 
 // The binomial coefficients of a filter, of sum 1.
 template <class C>

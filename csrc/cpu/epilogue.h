@@ -30,7 +30,7 @@ struct Epilogue {
   }
   bool clamps() const { return is_clamp(activation); }
   bool affine() const { return scale != nullptr; }
-  // What registers can do on the way out, without a second pass: clamp, then an affine map and its clamp, if there is one.
+  // What registers can do on the way out, without a second pass: clamp, then an affine map and its clamp, if any.
   bool simple() const {
     return clamps() && residual.data == nullptr && (post == Activation::none || (affine() && is_clamp(post)));
   }

@@ -4,12 +4,12 @@
 //   input row --1xS--> line [row.Q][ld] --pairs--> ring of rows [Q][ld] --Rx1--> output row, or
 //                      (L1)                        (as many as a window spans)   2 lines --pairs--> output row
 //
-// A task owns a range of output rows; a row of the ring is computed when a window first reaches it, so R - 1 rows at the
-// upper edge of a range are computed by two tasks. Line, ring and lines are scratch of the task, some 7 rows of the
-// map: 56 KB at 32 channels and 32 pixels, in L1 and L2. Moved: the input once (plus those rows), the output once. At
-// 40 GB/s that is a floor of 4.9 us for EffNet's first block (32 channels, 32x32 -> 32x16, 197 KB) and 2.5 us for its
-// second (64 channels, 16x16 -> 16x8, 98 KB) with one image, which the caches hold; then the floor is the arithmetic,
-// (S + R / 2) FMAs an input value, 1.1 us each at 64 lanes a nanosecond.
+// A task owns a range of output rows; a row of the ring is computed when a window first reaches it, so the R - 1 rows at
+// the upper edge of a range are computed by two tasks. Line and ring are scratch of the task: 10 KB at 32 channels and
+// 32 pixels. Moved: the input once (plus those rows), the output once. At 40 GB/s that is a floor of 4.9 us an image for
+// EffNet's first block (32 channels, 32x32 -> 32x16, 197 KB) and 2.5 us for its second (64 channels, 16x16 -> 16x8);
+// where the caches hold it, the floor is the arithmetic, S + R / 2 FMAs an input value: 1.1 and 0.5 us at 137 FMAs a
+// nanosecond.
 
 // torch's max pool keeps the first of two equal values, and a NaN wherever it is: the second of the two is taken where
 // it is larger or NaN.
@@ -23,8 +23,8 @@ EFFOPS_INLINE vec<C> pool_max(vec<C> first, vec<C> second) {
   return takes_second<C>(first, second) ? second : first;
 }
 
-// out[i] = max pool of first[i] and second[i], i < pixels; `step` is the distance of two pixels of either. `taken`, where
-// given, receives takes_second, for the gradient: rows like `out`, whose lanes are masks.
+// out[i] = max pool of first[i] and second[i], i < pixels; `step` is the distance of two pixels of either. `taken`,
+// where given, receives takes_second, for the gradient: rows like `out`, whose lanes are masks.
 template <bool Exact, class T, class C>
 void pool_pairs(const C* first, const C* second, index_t step, index_t pixels, index_t channels, T* out, index_t out_ld,
                 C* taken = nullptr) {

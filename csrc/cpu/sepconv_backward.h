@@ -6,8 +6,8 @@
 //   a row of r that no later window touches:  gr = sum over taps gv w --pool's choice--> --epilogue backward(u)--> gu
 //                                             -> grad row kernels, grad x (DepthwiseSlot)
 //
-// A task owns a band of input rows of one image (BandPlan of the column convolution): it writes their part of grad x and
-// counts them for the row convolution's parameters; of the column convolution it counts the output rows it owns and
+// A task owns a band of input rows of one image (BandPlan of the column convolution): it writes their part of grad x
+// and counts them for the row convolution's parameters; of the column convolution it counts the output rows it owns and
 // computes gv of all that touch its band. Scratch: the rings, some 10 rows of the map.
 
 // What backward needs of the rows of r, held in rings of `capacity`: r itself; u, where a derivative takes it; which of
