@@ -122,6 +122,25 @@ def test_training_never_stores_the_concatenation(cpp: str) -> None:
     ]
 
 
+def test_training_saves_less(cpp: str) -> None:
+    """For backward: the input once and the pointwise result, where torch keeps the concatenation and its norm too."""
+    block = MulticeptionConv2d(8, 8, backend=cpp)
+    x = torch.randn(4, 8, 16, 16).requires_grad_()
+    saved = {}
+    for name, module in (("fused", block), ("twin", Twin(block, False))):
+        storages = {}
+
+        def pack(t: Tensor, storages: dict[int, int] = storages) -> Tensor:
+            storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            output = module(x)
+        saved[name] = sum(storages.values())
+        del output
+    assert saved["fused"] < 0.4 * saved["twin"], saved
+
+
 def test_hooks_are_obeyed(cpp: str) -> None:
     block, twin, x = pair("stage1", torch.float32, cpp)
     seen = []
