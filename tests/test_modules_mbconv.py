@@ -123,6 +123,19 @@ def test_empty_batch(mb_backend: str) -> None:
             assert module.train(train)(x).shape == twin.train(train)(x).shape == (0, 6, 9, 7)
 
 
+@pytest.mark.parametrize("train", (False, True), ids=("eval", "train"))
+def test_compiles_without_a_break(train: bool, cpp: str) -> None:
+    module = effops.InvertedResidual(4, 4, act="silu", se=effops.SqueezeExcite).train(train)
+    compiled = torch.compile(copy.deepcopy(module), fullgraph=True, backend="aot_eager")
+    x = torch.randn(2, 4, 6, 5)
+    results = []
+    for network in (compiled, module):
+        leaf = x.clone().requires_grad_()
+        out = network(leaf)
+        results.append((out, torch.autograd.grad(out.square().sum(), leaf)[0]))
+    torch.testing.assert_close(*results)
+
+
 def test_state_dict_names_and_copies() -> None:
     module = effops.InvertedResidual(4, 6, se=effops.SqueezeExcite).eval()
     parts = list(dict.fromkeys(name.rpartition(".")[0] for name in module.state_dict()))

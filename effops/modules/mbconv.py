@@ -227,7 +227,8 @@ class InvertedResidual(FusedDSConv):
         return tuple([*self._front_reasons(), *self._se_reasons(), *super().fusion_reasons()])
 
     def _front_reasons(self) -> list[str]:
-        return [reason for name, check in self._front if (reason := check(name, self._modules[name]))]
+        reasons = [check(name, self._modules[name]) for name, check in self._front]
+        return [reason for reason in reasons if reason]
 
     def _se_reasons(self) -> list[str]:
         reasons = (_why_not_se("se", self._modules["se"]), _why_not_plain_dw("dw", self._modules["dw"]))

@@ -84,7 +84,10 @@ class SqueezeExcite(nn.Module):
         known = activation_of(self.act)
         if known is None or (known[0] == "leaky_relu" and known[1] != SLOPE):
             reasons.append(f"act is {self.act!r}, which the kernels do not know")
-        reasons += [f"{name} {why}" for name, module in self.named_children() if (why := tampered(module))]
+        for name in ("reduce", "act", "expand"):
+            why = tampered(self._modules[name])
+            if why:
+                reasons.append(f"{name} {why}")
         return tuple(reasons)
 
     def arguments(self, prefix: str = "") -> dict:
