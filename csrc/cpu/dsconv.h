@@ -48,6 +48,23 @@ DepthwiseParts<compute<T>> pack_parts(Arena& arena, const DsconvForwardArgs& arg
   return {parts, args.num_parts};
 }
 
+// A batch norm in eval between the convolutions: with its scale in the depthwise kernels and its shift in the bias, the
+// registers end with a bias and a clamp (17 % of a Multiception block of 16 channels).
+template <class C>
+void fold_affine(Arena& arena, DepthwisePart<C>& part) {
+  const Epilogue<C>& e = part.epilogue;
+  if (!e.foldable()) return;
+  const index_t ld = part.ld(), taps = part.g.R * part.g.S;
+  C* weights = static_cast<C*>(arena.allocate(taps * ld * sizeof(C)));
+  C* bias = static_cast<C*>(arena.allocate(ld * sizeof(C)));
+  for (index_t t = 0; t < taps; ++t) {
+    for (index_t c = 0; c < ld; ++c) weights[t * ld + c] = part.weights[t * ld + c] * e.scale[c];
+  }
+  for (index_t c = 0; c < ld; ++c) bias[c] = (e.bias ? e.bias[c] : C(0)) * e.scale[c] + e.shift[c];
+  part.weights = weights;
+  part.epilogue.fold(bias);
+}
+
 template <class T>
 struct DsconvForward {
   using C = compute<T>;
@@ -86,7 +103,9 @@ struct DsconvForward {
         result(pointwise_result(a)),
         direct(result.c == 1),
         simple(pw_epilogue.simple()),
-        stream(can_stream()) {}
+        stream(can_stream()) {
+    for (index_t i = 0; i < parts.count; ++i) fold_affine(shared, parts.data[i]);
+  }
 
   bool has_norm() const { return args.norm.activated.data != nullptr; }
 

@@ -17,11 +17,8 @@ struct Epilogue {
         residual(ref.residual),
         activation(ref.activation),
         post(ref.post),
-        slope(static_cast<C>(ref.slope)),
-        low(lowest(activation)),
-        high(highest(activation)),
-        post_low(lowest(post)),
-        post_high(highest(post)) {
+        slope(static_cast<C>(ref.slope)) {
+    set_limits();
     if ((scale == nullptr) != (shift == nullptr)) complete_affine(arena, channels);
   }
 
@@ -46,6 +43,16 @@ struct Epilogue {
     return part;
   }
 
+  // An affine right behind the sum can go into the kernels and the bias.
+  bool foldable() const { return affine() && activation == Activation::none && residual.data == nullptr; }
+  void fold(const C* folded_bias) {
+    bias = folded_bias;
+    scale = shift = nullptr;
+    activation = post;
+    post = Activation::none;
+    set_limits();
+  }
+
   // For the channels from c on; v already holds conv + bias, r the residual.
   EFFOPS_INLINE vec<C> apply(vec<C> v, index_t c, vec<C> r) const {
     if (clamps()) {
@@ -64,6 +71,10 @@ struct Epilogue {
     return is_clamp(a) && a != Activation::none ? C(0) : -static_cast<C>(__builtin_inff());
   }
   static C highest(Activation a) { return a == Activation::relu6 ? C(6) : static_cast<C>(__builtin_inff()); }
+  void set_limits() {
+    low = lowest(activation), high = highest(activation);
+    post_low = lowest(post), post_high = highest(post);
+  }
 
   // Kernels know both or neither of scale and shift.
   void complete_affine(Arena& arena, index_t channels) {
