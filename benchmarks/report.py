@@ -23,7 +23,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report_gpu  # noqa: E402 (this file is run as a program, too)
+from benchmarks import gpu_choice, report_gpu  # noqa: E402 (this file is run as a program, too)
 from benchmarks.tables import geomean, ms, percent, table, times, yes  # noqa: E402
 
 DOCUMENTS = ("README.md", "benchmarks/README.md")
@@ -651,6 +651,7 @@ def outputs(root: Path) -> dict[Path, str]:
             wanted[path] = render(path.read_text(encoding="utf-8"), results, up + IMAGES, document)
     for result in _of_suite(results, "dsconv"):
         wanted[root / IMAGES / image_name(result)] = ratio_plot(result)
+    wanted[root / gpu_choice.PATH] = gpu_choice.content(_of_suite(results, "gpu"))
     return wanted
 
 

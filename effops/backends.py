@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules import module as _module_hooks
 
-from effops import _library
+from effops import _library, gpu_choice
 from effops.ops.higher_order import transformed
 from effops.ops.registration import CUDA_HOST, INTERPRETING
 
@@ -172,7 +172,15 @@ class _OnGpus(_Kernels):
         return [f"compute capability {found[0]}.{found[1]} of {device} is below 8.0 (Ampere)"]
 
     def worth_it(self, call: Call) -> bool:
-        return call.input.is_cuda
+        return call.input.is_cuda and not self._yields(call)
+
+    def _yields(self, call: Call) -> bool:
+        """Whether the other kind of kernels was faster on a problem like this, and can run it."""
+        faster = gpu_choice.faster(call)
+        if faster is None or faster == self.name:
+            return False
+        (other,) = (backend for backend in BACKENDS if backend.name == faster)
+        return not other.why_not(call)
 
 
 class _Triton(_OnGpus):
