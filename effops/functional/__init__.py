@@ -35,18 +35,18 @@ from effops.ops.epilogue import BatchNorm
 
 __all__ = [
     "BatchNorm",
-    "bs_conv2d",
     "blur_max_pool2d",
+    "bs_conv2d",
     "depthwise_conv2d",
     "depthwise_stats2d",
     "downsampling2d",
     "ds_conv2d",
     "fixed_filter_conv2d",
     "half_identity2d",
-    "separable_conv_pool2d",
+    "inverted_residual2d",
     "mix_conv2d",
     "multiception_conv2d",
-    "inverted_residual2d",
+    "separable_conv_pool2d",
     "shared_depthwise_conv2d",
     "squeeze_excite2d",
 ]
