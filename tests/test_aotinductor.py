@@ -50,7 +50,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 
 def test_cpp_agrees_with_python(program: Path, exported: tuple[Path, str], cpp: str) -> None:
     folder, printed = exported
-    assert "17 x effops.dsconv_fwd.default" in printed
+    assert "  1 x effops.dsconv_fwd.default\n 16 x effops.mbconv_fwd.default\n" in printed
     done = run(program, folder, _library.LIBRARY_PATH)
     assert done.returncode == 0, done.stdout
     assert [line.split(":")[0] for line in done.stdout.splitlines()[:3]] == ["image 0", "image 1", "image 2"]
