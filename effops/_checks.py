@@ -10,7 +10,7 @@ TypeError: a wrong kind or dtype. ValueError: a wrong value, shape or device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache, wraps
 from typing import Any, NamedTuple
 
@@ -74,6 +74,13 @@ def check_vector(op: str, name: str, t: Tensor, channels: int, kind: Kind) -> No
         raise TypeError(f"{op}: {name} has dtype {t.dtype}; accepted: the input's {dtype}, or torch.float32")
     _require_device(op, name, t, device)
     raise ValueError(f"{op}: {name} must be {what}; got {shape_text(t.shape)}")
+
+
+def check_vectors(op: str, vectors: Iterable[tuple[str, Tensor | None]], channels: int, kind: Kind) -> None:
+    """Those of the named vectors that are there are as `check_vector` wants them."""
+    for name, vector in vectors:
+        if vector is not None:
+            check_vector(op, name, vector, channels, kind)
 
 
 def check_batch_norm(

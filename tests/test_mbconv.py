@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from cases import Epi, ids
+from cases import ACTIVATIONS, Epi, ids
 from helpers import (
     activate,
     as_leaves,
@@ -173,6 +173,7 @@ def call(t: dict[str, Tensor | None], case: Case, backend: str) -> Tensor:
     codes: dict[str, Any] = {"se_activation": case.se_activation, "se_gate": case.se_gate}
     for prefix, epi in (("expand_", case.expand if case.d else Epi()), ("dw_", case.dw), ("", case.pw)):
         codes |= {f"{prefix}activation": epi.activation, f"{prefix}post_activation": epi.post_activation}
+        codes[f"{prefix}negative_slope"] = epi.slope
     window = {"stride": case.stride, "padding": case.padding, "dilation": case.dilation}
     return EF.inverted_residual2d(**named, **codes, **window, backend=backend)
 
@@ -206,6 +207,16 @@ def smooth(case: Case) -> Case:
 
 
 # In float64 no argument comes near enough to a kink to matter: the cases as they are.
+@pytest.mark.parametrize("normed", (True, False), ids=("after a norm", "after a bias"))
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations_behind_what_is_folded(name: str, normed: bool, mb_backend: str) -> None:
+    """A norm, or nothing but a bias, ahead of an activation is folded; the activation keeps its slope."""
+    epi = Epi(scale=True, shift=True, post_activation=name) if normed else Epi(bias=True, activation=name)
+    epi = replace(epi, slope=0.3)
+    case = Case(id=name, expand=epi, dw=epi, pw=epi, **CL)
+    test_values(case, torch.float32, mb_backend)
+
+
 @pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_gradients(case: Case, dtype: torch.dtype, mb_backend: str) -> None:

@@ -207,7 +207,7 @@ struct BsconvForward {
     void depthwise(index_t i, const RingOfRows<C>& rows, index_t n, index_t p0, index_t p1) const {
       const index_t column = op.pw.panels.first_column(i), ld = op.pw.panels.width(i) * kLanes<C>;
       const DepthwiseGeometry part = panel_geometry(i);
-      const Epilogue<C> epilogue = op.epilogue.from(column);
+      const Epilogue<C> epilogue = from_channel(op.epilogue, column);
       for (index_t p = p0; p < p1; p += tile_rows) {
         const index_t end = imin(p1, p + tile_rows);
         const index_t begin = (n * g.P + p) * g.Q, stop = (n * g.P + end) * g.Q;

@@ -49,7 +49,7 @@ DepthwiseParts<compute<T>> pack_parts(Arena& arena, const DsconvForwardArgs& arg
 }
 
 // A batch norm in eval between the convolutions: with its scale in the depthwise kernels and its shift in the bias, the
-// registers end with a bias and a clamp (17 % of a Multiception block of 16 channels).
+// registers end with a bias and a clamp.
 template <class C>
 void fold_affine(Arena& arena, DepthwisePart<C>& part) {
   const Epilogue<C>& e = part.epilogue;

@@ -35,14 +35,6 @@ struct Epilogue {
     return activation == Activation::none && post == Activation::none && residual.data == nullptr && !affine();
   }
 
-  // The same epilogue, seen from channel c on (residual rows are the caller's to find).
-  Epilogue from(index_t c) const {
-    Epilogue part = *this;
-    if (bias) part.bias += c;
-    if (affine()) part.scale += c, part.shift += c;
-    return part;
-  }
-
   // An affine right behind the sum can go into the kernels and the bias.
   bool foldable() const { return affine() && activation == Activation::none && residual.data == nullptr; }
   void fold(const C* folded_bias) {
@@ -91,10 +83,11 @@ template <class C>
 struct FoldedEpilogue {
   const C *scale = nullptr, *shift = nullptr;  // padded with zeros to whole registers; null: it does not fold
   Activation activation = Activation::none;
+  double slope;
   C low = 0, high = 0;  // the activation as a clamp, where it is one
 
   FoldedEpilogue(Arena& arena, const EpilogueRef& ref, index_t channels)
-      : activation(ref.activation == Activation::none ? ref.post : ref.activation) {
+      : activation(ref.activation == Activation::none ? ref.post : ref.activation), slope(ref.slope) {
     const bool affine_last = ref.scale.data || ref.shift.data || ref.residual.data || ref.post != Activation::none;
     if (ref.activation != Activation::none && affine_last) return;
     const C* bias = channel_vector<C>(arena, ref.bias, channels);
@@ -125,11 +118,12 @@ struct FoldedEpilogue {
     constexpr DType dtype = sizeof(C) == sizeof(double) ? DType::f64 : DType::f32;
     result.bias = {shift, 1, dtype};
     result.activation = activation;
+    result.slope = slope;
     return result;
   }
 };
 
-// The same epilogue, seen from channel `column` on.
+// The same epilogue, seen from channel `column` on (residual rows are the caller's to find).
 template <class C>
 Epilogue<C> from_channel(Epilogue<C> epilogue, index_t column) {
   if (epilogue.bias) epilogue.bias += column;

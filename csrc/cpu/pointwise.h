@@ -54,7 +54,7 @@ struct PointwiseProduct {
       }
     } else {
       gemm_panel(panels.width(i), pixels, rows, weights, columns, StoreRaw<C>{y, ld});
-      apply_epilogue_rows(epilogue.from(column), pixels, columns, y, ld, static_cast<const C*>(nullptr), 0);
+      apply_epilogue_rows(from_channel(epilogue, column), pixels, columns, y, ld, static_cast<const C*>(nullptr), 0);
     }
   }
 

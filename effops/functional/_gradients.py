@@ -1,8 +1,36 @@
-"""What the functions ask before they take an autograd.Function."""
+"""How a checked call reaches the kernels: through the autograd.Function where something needs a gradient."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
+from torch.compiler import is_compiling
+
+from effops.ops.registration import Kernels
+
+
+def run_kernels(
+    function: type[torch.autograd.Function],
+    kernels: dict[str, Kernels],
+    taken: str,
+    tensors: tuple[Tensor | None, ...],
+    *statics: Any,
+) -> Tensor:
+    """The result of an operator on the backend `taken`.
+
+    Args:
+        function: the operator's, called with the tensors, the statics and the backend's name.
+        kernels: the operator's, by backend.
+        tensors: its tensors, absent ones as None.
+        statics: its other arguments.
+    """
+    if torch.is_grad_enabled() and needs_grad(tensors):
+        if is_compiling():
+            tensors = distinct(tensors)
+        return function.apply(*tensors, *statics, taken)
+    return kernels[taken].forward(*tensors, *statics)
 
 
 def needs_grad(tensors: tuple[Tensor | None, ...]) -> bool:

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from effops import _checks as check
 from effops import backends
 from effops._checks import Ints, Padding, Shape
-from effops.functional._gradients import distinct, needs_grad
+from effops.functional._gradients import run_kernels
 from effops.ops import bsconv as _bsconv
 from effops.ops.bsconv.reference import bsconv as _bsconv_reference
 from effops.ops.epilogue import Epilogue
@@ -172,9 +171,7 @@ def bs_conv2d(
     )  # fmt: skip
     _check_mid_affine(op, mid_weight, mid_scale, mid_shift, kind)
     vectors = (pw_bias, pw_scale, pw_shift, dw_bias, scale, shift)
-    for name, vector in zip(_VECTORS, vectors, strict=True):
-        if vector is not None:
-            check.check_vector(op, name, vector, shape[1], kind)
+    check.check_vectors(op, zip(_VECTORS, vectors, strict=True), shape[1], kind)
     if residual is not None:
         check.check_residual(op, "residual", residual, shape, kind)
     slopes = [
@@ -200,11 +197,7 @@ def bs_conv2d(
         input, mid_weight, mid_scale, mid_shift, pw_weight, pw_bias, pw_scale, pw_shift,
         dw_weight, dw_bias, scale, shift, residual,
     )  # fmt: skip
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        if is_compiling():
-            tensors = distinct(tensors)
-        return _bsconv.BSConv2dFunction.apply(*tensors, geometry, slopes, taken)
-    return _bsconv.KERNELS[taken].forward(*tensors, geometry, slopes)
+    return run_kernels(_bsconv.BSConv2dFunction, _bsconv.KERNELS, taken, tensors, geometry, slopes)
 
 
 _VECTORS = ("pw_bias", "pw_scale", "pw_shift", "dw_bias", "scale", "shift")

@@ -9,7 +9,7 @@ from torch.compiler import is_compiling
 from effops import _checks as check
 from effops import backends
 from effops._checks import Ints, Padding
-from effops.functional._gradients import distinct, needs_grad
+from effops.functional._gradients import distinct, needs_grad, run_kernels
 from effops.ops import dsconv as _dsconv
 from effops.ops.dsconv.reference import dsconv as _dsconv_reference
 from effops.ops.dsconv.reference import normalise as _normalise
@@ -88,11 +88,7 @@ def _separable(
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, pw_bias, scale, shift, residual,
     )  # fmt: skip
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        if is_compiling():
-            tensors = distinct(tensors)
-        return _dsconv.DSConv2dFunction.apply(*tensors, geometry, [dw_slope, slope], taken)
-    return _dsconv.KERNELS[taken].forward(*tensors, geometry, [dw_slope, slope])
+    return run_kernels(_dsconv.DSConv2dFunction, _dsconv.KERNELS, taken, tensors, geometry, [dw_slope, slope])
 
 
 def _separable_norm(tensors, geometry, slopes, norm, taken):

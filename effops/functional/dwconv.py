@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from effops import _checks as check
 from effops import backends
 from effops._checks import BANK, Ints, Padding
-from effops.functional._gradients import distinct, needs_grad
+from effops.functional._gradients import run_kernels
 from effops.ops import dwconv as _dwconv
 from effops.ops.dwconv.banks import NamedBank
 from effops.ops.dwconv.reference import dwconv as _dwconv_reference
@@ -47,11 +46,7 @@ def _depthwise(
         epilogue = Epilogue(bias, scale, shift, residual, geometry[10], geometry[11], slope)
         return _dwconv_reference(input, weight, geometry, epilogue)
     tensors = (input, weight, bias, scale, shift, residual)
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        if is_compiling():
-            tensors = distinct(tensors)
-        return _dwconv.DepthwiseConv2dFunction.apply(*tensors, geometry, slope, taken)
-    return _dwconv.KERNELS[taken].forward(*tensors, geometry, slope)
+    return run_kernels(_dwconv.DepthwiseConv2dFunction, _dwconv.KERNELS, taken, tensors, geometry, slope)
 
 
 def depthwise_conv2d(
@@ -247,6 +242,4 @@ def depthwise_stats2d(
     if taken == "reference":
         return _dwconv_stats_reference(input, weight, bias, geometry)
     tensors = (input, weight, bias)
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        return _dwconv.DepthwiseStatsFunction.apply(*tensors, geometry, taken)
-    return _dwconv.STATS_KERNELS[taken].forward(*tensors, geometry)
+    return run_kernels(_dwconv.DepthwiseStatsFunction, _dwconv.STATS_KERNELS, taken, tensors, geometry)

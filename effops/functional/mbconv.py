@@ -6,18 +6,20 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from effops import _checks as check
 from effops import backends
 from effops._checks import Ints, Padding, Shape
-from effops.functional._gradients import distinct, needs_grad
+from effops.functional._gradients import run_kernels
 from effops.functional.dsconv import ds_conv2d
 from effops.functional.se import check_excitation_weights, excitation_codes
 from effops.ops import mbconv as _mbconv
 from effops.ops.geometry import CHANNELS_LAST, orders_channels_last
 
 _OP = "inverted_residual2d"
+_HIDDEN_VECTORS = (
+    "expand_bias", "expand_scale", "expand_shift", "dw_bias", "dw_scale", "dw_shift", "se_expand_bias",
+)  # fmt: skip
 
 
 class InvertedResidualPlan(NamedTuple):
@@ -196,16 +198,10 @@ def inverted_residual2d(
         (expand_activation, expand_post_activation, dw_activation, dw_post_activation, activation, post_activation),
         (se_activation, se_gate),
     )  # fmt: skip
-    for name, vector in (("expand_bias", expand_bias), ("expand_scale", expand_scale), ("expand_shift", expand_shift),
-                         ("dw_bias", dw_bias), ("dw_scale", dw_scale), ("dw_shift", dw_shift),
-                         ("se_expand_bias", se_expand_bias)):  # fmt: skip
-        if vector is not None:
-            check.check_vector(_OP, name, vector, hidden, kind)
-    if se_reduce_bias is not None:
-        check.check_vector(_OP, "se_reduce_bias", se_reduce_bias, se_channels, kind)
-    for name, vector in (("project_bias", project_bias), ("scale", scale), ("shift", shift)):
-        if vector is not None:
-            check.check_vector(_OP, name, vector, shape[1], kind)
+    of_hidden = (expand_bias, expand_scale, expand_shift, dw_bias, dw_scale, dw_shift, se_expand_bias)
+    check.check_vectors(_OP, zip(_HIDDEN_VECTORS, of_hidden, strict=True), hidden, kind)
+    check.check_vectors(_OP, [("se_reduce_bias", se_reduce_bias)], se_channels, kind)
+    check.check_vectors(_OP, [("project_bias", project_bias), ("scale", scale), ("shift", shift)], shape[1], kind)
     if residual is not None:
         check.check_residual(_OP, "residual", residual, shape, kind)
     slopes = [
@@ -228,11 +224,7 @@ def inverted_residual2d(
     )  # fmt: skip
     if taken == "reference":
         return _mbconv.run_reference(tensors, geometry, slopes)
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        if is_compiling():
-            tensors = distinct(tensors)
-        return _mbconv.InvertedResidual2dFunction.apply(*tensors, geometry, slopes, taken)
-    return _mbconv.KERNELS[taken].forward(*tensors, geometry, slopes)
+    return run_kernels(_mbconv.InvertedResidual2dFunction, _mbconv.KERNELS, taken, tensors, geometry, slopes)
 
 
 def _refuse_expansion(bias, scale, shift, activation, post_activation) -> None:

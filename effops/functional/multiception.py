@@ -16,7 +16,7 @@ from effops.functional._gradients import distinct, needs_grad
 from effops.ops.dsconv import parts as _parts
 from effops.ops.dsconv.reference import dsconv_parts as _reference
 from effops.ops.epilogue import Epilogue
-from effops.ops.geometry import DILATION_H, PAD_RIGHT, PAD_TOP
+from effops.ops.geometry import DILATION_H, PAD_RIGHT, PAD_TOP, orders_channels_last
 
 PartPaddings = Sequence[Padding] | None
 
@@ -100,7 +100,7 @@ def parts_plan(
     ]
     pads = [pad for plan in plans[1:] for pad in plan.geometry[PAD_TOP : PAD_RIGHT + 1]]
     first = plans[0].geometry
-    channels_last = int(check.G.orders_channels_last(input, strides))
+    channels_last = int(orders_channels_last(input, strides))
     return PartsPlan([*first[: DILATION_H + 3], channels_last, *codes, int(split), *pads], dw_channels, shape)
 
 
@@ -157,16 +157,9 @@ def _parts_conv(
         _as_paddings(op, padding, len(dw_weights)), dilation, input.stride(),
         dw_activation, dw_post_activation, activation, post_activation,
     )  # fmt: skip
-    for name, vector, channels in (
-        ("dw_bias", dw_bias, dw_channels),
-        ("dw_scale", dw_scale, dw_channels),
-        ("dw_shift", dw_shift, dw_channels),
-        ("pw_bias", pw_bias, shape[1]),
-        ("scale", scale, shape[1]),
-        ("shift", shift, shape[1]),
-    ):
-        if vector is not None:
-            check.check_vector(op, name, vector, channels, kind)
+    dw_vectors = [("dw_bias", dw_bias), ("dw_scale", dw_scale), ("dw_shift", dw_shift)]
+    check.check_vectors(op, dw_vectors, dw_channels, kind)
+    check.check_vectors(op, [("pw_bias", pw_bias), ("scale", scale), ("shift", shift)], shape[1], kind)
     if residual is not None:
         check.check_residual(op, "residual", residual, shape, kind)
     dw_slope = check.check_slope(op, "dw_negative_slope", dw_negative_slope)

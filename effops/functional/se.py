@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from effops import _checks as check
 from effops import backends
-from effops.functional._gradients import distinct, needs_grad
+from effops.functional._gradients import run_kernels
 from effops.ops import geometry as G
 from effops.ops import se as _se
 from effops.ops.se.reference import GATES, Excitation
@@ -116,8 +115,4 @@ def squeeze_excite2d(
     tensors = (input, reduce_weight, reduce_bias, expand_weight, expand_bias)
     if taken == "reference":
         return _reference(input, Excitation(*tensors[1:], *geometry[1:]), geometry[0])
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        if is_compiling():
-            tensors = distinct(tensors)
-        return _se.SqueezeExcite2dFunction.apply(*tensors, geometry, taken)
-    return _se.KERNELS[taken].forward(*tensors, geometry)
+    return run_kernels(_se.SqueezeExcite2dFunction, _se.KERNELS, taken, tensors, geometry)

@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
 
 from effops import _checks as check
 from effops import backends
 from effops._checks import Ints, Padding, Shape
-from effops.functional._gradients import distinct, needs_grad
+from effops.functional._gradients import run_kernels
 from effops.ops import geometry as G
 from effops.ops import sepconv as _sepconv
 from effops.ops.sepconv.reference import sepconv as _sepconv_reference
@@ -164,9 +163,7 @@ def separable_conv_pool2d(
         (row_activation, row_post_activation), (activation, post_activation),
     )  # fmt: skip
     row, col = (row_bias, row_scale, row_shift), (col_bias, scale, shift)
-    for vector, name in zip((*row, *col), _VECTORS, strict=True):
-        if vector is not None:
-            check.check_vector(op, name, vector, shape[1], kind)
+    check.check_vectors(op, zip(_VECTORS, (*row, *col), strict=True), shape[1], kind)
     slopes = [
         check.check_slope(op, "row_negative_slope", row_negative_slope),
         check.check_slope(op, "negative_slope", negative_slope),
@@ -177,8 +174,4 @@ def separable_conv_pool2d(
         row_epilogue, col_epilogue = _sepconv.epilogues(row, col, geometry, slopes)
         return _sepconv_reference(input, row_weight, row_epilogue, col_weight, col_epilogue, geometry)
     tensors = (input, row_weight, *row, col_weight, *col)
-    if torch.is_grad_enabled() and needs_grad(tensors):
-        if is_compiling():
-            tensors = distinct(tensors)
-        return _sepconv.SeparableConvPool2dFunction.apply(*tensors, geometry, slopes, taken)
-    return _sepconv.KERNELS[taken].forward(*tensors, geometry, slopes)
+    return run_kernels(_sepconv.SeparableConvPool2dFunction, _sepconv.KERNELS, taken, tensors, geometry, slopes)
