@@ -17,6 +17,7 @@ import torch
 from cases import FULL, DsCase, DwCase, Epi
 from helpers import Tensors, geometry_of, make_tensors
 from torch import Tensor
+from triton_rooms import RoomProblem, room_problems
 
 from effops.ops import geometry as G
 from effops.ops.dwconv import banks
@@ -117,8 +118,10 @@ def saved_output(case: DwCase | DsCase, tensors: Tensors, geometry: list[int], o
     return output if output_gives_gradient(activation, epi.slope, post_activation, *others) else None
 
 
-def launch(problem: Problem) -> None:
+def launch(problem: Problem | RoomProblem) -> None:
     """Calls the operator on meta tensors: its launches are recorded (effops.ops.triton_launch), nothing runs."""
+    if isinstance(problem, RoomProblem):
+        return problem.launch()
     op, case = problem.op, problem.case
     torch.backends.cudnn.conv.fp32_precision = "tf32" if problem.tf32 else "ieee"
     with torch.device("meta"):
@@ -219,4 +222,4 @@ def _laid_out(case: DwCase | DsCase, layout: str) -> DwCase | DsCase:
     return replace(case, **layouts)
 
 
-PROBLEMS = tuple(_problems())
+PROBLEMS = (*_problems(), *room_problems())
