@@ -33,7 +33,7 @@ _VGNET8 = (
 
 def activation64(x: torch.Tensor, name: str) -> torch.Tensor:
     """The activations the shapes use, on any dtype."""
-    return {"none": lambda v: v, "relu": torch.relu, "hardswish": F.hardswish}[name](x)
+    return {"none": lambda v: v, "relu": torch.relu, "relu6": F.relu6, "hardswish": F.hardswish}[name](x)
 
 
 def depthwise64(x: torch.Tensor, weight: torch.Tensor, stride: int) -> torch.Tensor:

@@ -23,7 +23,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_choice, report_gpu  # noqa: E402 (this file is run as a program, too)
+from benchmarks import gpu_choice, operators, report_gpu  # noqa: E402 (this file is run as a program, too)
 from benchmarks.tables import geomean, ms, percent, table, times, yes  # noqa: E402
 
 DOCUMENTS = ("README.md", "benchmarks/README.md")
@@ -34,6 +34,7 @@ DSCONV_GOAL = 1.5
 BSCONV_GOAL = 1.5
 MULTICEPTION_GOAL = 2.0
 BF16_GOAL = 1.6
+MODULE_TRAINING_GOAL = 1.3
 TRAINING_GOAL = 1.5
 SEPCONV_GOAL = 2.5
 BLUR_GOAL = 2.0
@@ -350,11 +351,10 @@ def _layer_table(goal: float) -> Callable[[dict], str]:
 
 def _bsconv_table(result: dict) -> str:
     judged = entries(result, "bs")
-    training = {**result, "rows": [row for row in result["rows"] if row["kind"] == "bs-training"]}
     text = _pair_table(judged, BSCONV_GOAL)
     text += f"\n\nGeometric mean: {times(geomean(e.ratio for e in judged))}; "
     text += f"of min(ratio/goal, 1): {geomean(e.term(BSCONV_GOAL) for e in judged):.3f}."
-    return f"{text}\n\nForward + backward of a `BSConvU`:\n\n{_training_table(training, 'shape')}"
+    return text
 
 
 def _models_table(result: dict) -> str:
@@ -372,19 +372,23 @@ def _models_table(result: dict) -> str:
     )
 
 
-def _training_pairs(result: dict) -> list[tuple[dict, tuple[str, dict], dict, dict | None]]:
+def _training_pairs(result: dict, kind: str) -> list[tuple[dict, tuple[str, dict], dict, dict | None]]:
     """(row, best effops side, eager channels_last, best eager side) where both exist."""
     pairs = []
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if row["kind"] == kind):
         own, eager = best(row, own=True), row["sides"].get("eager/channels_last", {})
         if own and "median_us" in eager:
             pairs.append((row, own, eager, best(row, own=False)[1]))
     return pairs
 
 
-def _training_table(result: dict, what: str = "half-identity block") -> str:
+def _training_table(kind: str, what: str) -> Callable[[dict], str]:
+    return lambda result: _training_rows(_training_pairs(result, kind), what)
+
+
+def _training_rows(pairs: list[tuple[dict, tuple[str, dict], dict, dict | None]], what: str) -> str:
     rows = []
-    for row, (_, own), eager, any_eager in _training_pairs(result):
+    for row, (_, own), eager, any_eager in pairs:
         saved = 1 - own["saved_bytes"] / eager["saved_bytes"]
         rows.append(
             [
@@ -478,7 +482,30 @@ def _bf16_targets(result: dict) -> list[list[str]]:
 
 
 def _training_targets(result: dict) -> list[list[str]]:
-    pairs = _training_pairs(result)
+    return [*_half_identity_targets(result), *_module_training_targets(result)]
+
+
+def _module_training_targets(result: dict) -> list[list[str]]:
+    pairs = _training_pairs(result, "module-training")
+    if not pairs:
+        return []
+    ratios = [eager["median_us"] / own["median_us"] for _, (_, own), eager, _ in pairs]
+    met = sum(ratio >= MODULE_TRAINING_GOAL for ratio in ratios)
+    fewer = sum(own["saved_bytes"] < eager["saved_bytes"] for _, (_, own), eager, _ in pairs)
+    capped = geomean(min(ratio / MODULE_TRAINING_GOAL, 1) for ratio in ratios)
+    return [
+        [
+            f"modules forward + backward against eager channels_last: {MODULE_TRAINING_GOAL}x each",
+            f"{met} of {len(ratios)}, {capped:.3f} of the goal (plain geometric mean {times(geomean(ratios))}, "
+            f"least {times(min(ratios))})",
+            yes(met == len(ratios)),
+        ],
+        ["modules: fewer bytes saved for backward", f"{fewer} of {len(pairs)}", yes(fewer == len(pairs))],
+    ]
+
+
+def _half_identity_targets(result: dict) -> list[list[str]]:
+    pairs = _training_pairs(result, "training")
     if not pairs:
         return []
     ratios = [eager["median_us"] / own["median_us"] for _, (_, own), eager, _ in pairs]
@@ -507,30 +534,50 @@ def _overhead_targets(result: dict) -> list[list[str]]:
     return rows
 
 
-def _multiception_targets(result: dict) -> list[list[str]]:
-    judged = entries(result, "multiception")
-    if not judged:
-        return []
-    capped = geomean(e.term(MULTICEPTION_GOAL) for e in judged)
-    return [
-        [
-            f"Multiception blocks against the best rival: {MULTICEPTION_GOAL}x, or the roof",
-            f"{capped:.3f} of the goal (plain geometric mean {times(geomean(e.ratio for e in judged))}, "
-            f"{sum(e.met(MULTICEPTION_GOAL) for e in judged)} of {len(judged)} met)",
-            yes(round(capped, 2) >= 1),
+def _ratio_targets(kind: str, what: str, goal: float) -> Callable[[dict], list[list[str]]]:
+    """One row: the goal of a suite whose shapes are all of one kind."""
+
+    def rows(result: dict) -> list[list[str]]:
+        judged = entries(result, kind)
+        if not judged:
+            return []
+        capped = geomean(e.term(goal) for e in judged)
+        return [
+            [
+                f"{what} against the best rival: {goal}x, or the roof",
+                f"{capped:.3f} of the goal (plain geometric mean {times(geomean(e.ratio for e in judged))}, "
+                f"{sum(e.met(goal) for e in judged)} of {len(judged)} met)",
+                yes(round(capped, 2) >= 1),
+            ]
         ]
+
+    return rows
+
+
+def _operators(results: list[dict]) -> str:
+    header, *rows = operators.rows()
+    gpus = [
+        result["machine"]["gpu"]
+        for result in _of_suite(results, "gpu")
+        if any(entry.get("stage") == "tests" and not entry.get("failed", 1) for entry in result["entries"])
     ]
+    return f"{table(header, rows)}\n\n{operators.legend(gpus)}"
 
 
 _TARGETS = {
     "dsconv": _dsconv_targets,
-    "multiception": _multiception_targets,
+    "mbconv": _ratio_targets("pair", "inverted residuals of MobileNetV2", DSCONV_GOAL),
+    "multiception": _ratio_targets("multiception", "Multiception blocks", MULTICEPTION_GOAL),
+    "sepconv": _ratio_targets("layer", "EffNet's separable convolutions and blocks", SEPCONV_GOAL),
+    "bsconv": _ratio_targets("bs", "blueprint convolutions", BSCONV_GOAL),
+    "blurmaxpool": _ratio_targets("layer", "blurred max pools", BLUR_GOAL),
     "bf16": _bf16_targets,
     "training": _training_targets,
     "overhead": _overhead_targets,
 }
 
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
+    "operators": _operators,
     "targets": _targets,
     "dsconv-summary": _section("dsconv", _dsconv_summary),
     "dsconv": _section("dsconv", _dsconv_table),
@@ -543,7 +590,8 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "bsconv": _section("bsconv", _bsconv_table),
     "multiception": _section("multiception", _multiception_table),
     "models": _section("models", _models_table),
-    "training": _section("training", _training_table),
+    "training": _section("training", _training_table("training", "half-identity block")),
+    "module-training": _section("training", _training_table("module-training", "module")),
     "overhead": _section("overhead", _overhead_table),
     "gpu": lambda results: report_gpu.block(_of_suite(results, "gpu")),
 }

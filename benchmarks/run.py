@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks import machine, report, shapes, timing
+from benchmarks import machine, report, shapes, timing, training
 from benchmarks.peers import NAMES
 
 ROOT = machine.ROOT
@@ -186,12 +186,7 @@ def blurmaxpool_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def bsconv_jobs(args: argparse.Namespace) -> list[Job]:
-    peers = tuple(peer for peer in args.peers if peer in ("effops", "eager"))
-    training = [case for case in shapes.BSCONV if case.name in shapes.BS_TRAINING]
-    return [
-        *_case_jobs(shapes.BSCONV, "bs", args.peers, args),
-        *_case_jobs(training, "bs-training", peers, args),
-    ]
+    return _case_jobs(shapes.BSCONV, "bs", args.peers, args)
 
 
 def multiception_jobs(args: argparse.Namespace) -> list[Job]:
@@ -227,20 +222,19 @@ def models_jobs(args: argparse.Namespace) -> list[Job]:
 
 
 def training_jobs(args: argparse.Namespace) -> list[Job]:
-    jobs = []
     peers = tuple(peer for peer in args.peers if peer in ("effops", "eager"))
-    for channels, size in shapes.TRAINING[-1:] if args.quick else shapes.TRAINING:
-        batch = 2 if args.quick else shapes.TRAINING_BATCH
-        request = {
-            "kind": "training",
-            "case": f"half-{channels}-{size}",
-            "channels": channels,
-            "size": size,
-            "batch": batch,
-        }
-        facts = {"kind": "training", "case": request["case"], "batch": batch, "dtype": "float32"}
-        jobs.append(Job(request, peers, facts))
-    return jobs
+    batch = 2 if args.quick else shapes.TRAINING_BATCH
+    requests = [
+        {"kind": "training", "case": f"half-{channels}-{size}", "channels": channels, "size": size, "batch": batch}
+        for channels, size in (shapes.TRAINING[-1:] if args.quick else shapes.TRAINING)
+    ]
+    names = list(training.MODULES)[1:3] if args.quick else training.MODULES
+    requests += [{"kind": "module-training", "case": name, "batch": batch} for name in names]
+    return [
+        Job(request, peers, {key: request[key] for key in ("kind", "case", "batch")} | {"dtype": "float32"})
+        for request in requests
+        if not args.shapes or any(part in request["case"] for part in args.shapes)
+    ]
 
 
 def overhead_jobs(args: argparse.Namespace) -> list[Job]:

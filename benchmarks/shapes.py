@@ -332,17 +332,6 @@ DSCONV = (*_mobilenetv1(), *_vgnetg_1_0mp())
 # The last one is BSConv-S with the package's p = 1/4.
 BSCONV = (*_blueprint(), BSCase("bs-subspace-256-256-28-s1", "BSConv-S", 256, 256, 28, mid=64))
 
-# Forward + backward, of the module.
-BS_TRAINING = {
-    "bs-mnv1-128-128-56-s1",
-    "bs-mnv1-256-512-28-s2",
-    "bs-mnv1-512-512-14-s1",
-    "bs-cifar-16-16-32-s1",
-    "bs-cifar-32-64-16-s2",
-    "bs-cifar-64-64-8-s1",
-    "mnv2-64-384-64-14-s1",
-}
-
 # On a GPU (`make gpu`): the chains above, and two that stand for networks not listed here. In this order, the most
 # telling first; the first three are the ones with a goal.
 _GPU_ONLY = (
@@ -462,6 +451,24 @@ BLUR_MAX_POOLS = tuple(
 # Half-identity blocks of VGNetG-1.0MP for forward + backward: (channels of the pair, map size).
 TRAINING = ((56, 56), (112, 28), (224, 14), (368, 7))
 TRAINING_BATCH = 16
+
+# The other rooms' on a GPU: the ones above where maps and channels differ most, and modules of benchmarks/training.py.
+GPU_BLOCKS = (
+    *(case for case in MBCONV if case.name in (
+        "mnv2-16-96-24-112-s2", "mnv2-24-144-24-56-s1", "mnv2-64-384-64-14-s1", "mnv2-160-960-160-7-s1",
+    )),
+    *(case for case in EFFNET if case.layer != "separable" or case.name == "sep1-64-16"),
+    *(case for case in MULTICEPTION if case.name in ("multi-16-16-32-k357", "multi-32-32-16-k35", "multi-64-64-8-k33")),
+    *(case for case in BSCONV if case.name in (
+        "bs-mnv1-64-128-112-s2", "bs-mnv1-128-128-56-s1", "bs-mnv1-512-512-14-s1", "bs-cifar-16-16-32-s1",
+        "bs-subspace-256-256-28-s1",
+    )),
+    *BLUR_MAX_POOLS[1:3],
+)  # fmt: skip
+GPU_TRAINING = (
+    "inverted_residual-24-144-56", "multiception-16-32-k357", "bsconv_u-128-128-56", "effnet_v1-64-128-16",
+    "squeeze_excite-72-28", "blur_max_pool-56-56",
+)  # fmt: skip
 
 MODELS = ("vgnetg_1_0mp", "mobilenet_v2")
 MODEL_SIZE = 224

@@ -163,10 +163,12 @@ struct BsconvBackwardArgs {
 };
 
 // 1xS convolution, epilogue, max pool of pool_w along the width, Rx1 convolution, epilogue, max pool of pool_h along
-// the height; a pool of 1 is none. row.Q and col.P are multiples of their pools: what a pool drops is not computed.
+// the height; a pool of 1 is none. row.Q and col.P are multiples of their pools: what a pool drops is not computed. Row
+// p of the output is row p / planes of plane p % planes; planes are `plane` elements apart.
 struct SepconvForwardArgs {
   DepthwiseGeometry row, col;
   index_t pool_w, pool_h;
+  index_t planes = 1, plane = 0;
   TensorRef input, output;
   const void *row_weight, *col_weight;
   EpilogueRef row_epilogue, col_epilogue;
@@ -218,10 +220,12 @@ struct SeBackwardArgs {
   ExcitationGrads grads;
 };
 
-// A pointwise weight [columns, k, 1, 1]; data == nullptr: there is none.
+// A pointwise weight [columns, k, 1, 1]; data == nullptr: there is none. In several pieces: their channels one after the
+// other along k, each as the first one is, stride_piece elements on.
 struct MatrixRef {
   const void* data = nullptr;
   index_t stride_out = 0, stride_in = 0;
+  index_t pieces = 1, stride_piece = 0;
 };
 
 // Inverted residual. g is the depthwise convolution's, on the expanded channels.
@@ -246,6 +250,17 @@ struct MbconvBackwardArgs {
   void* grad_project_weight = nullptr;
   EpilogueGrads expand_grads, dw_grads, grads;
   ExcitationGrads excitation_grads;
+};
+
+// EffNet's block: 1x1 convolution, separable convolution with pools, then a 1x1 one, or a 2x1 one of stride (2, 1) where
+// `project` has two pieces, one a row. P x Q is the output's size; the separable convolution's last row is dropped where
+// it has no second one.
+struct EffnetForwardArgs {
+  SepconvForwardArgs separable;  // on the expanded map; without input and output
+  index_t in_channels, K, P;
+  TensorRef input, output;
+  MatrixRef expand, project;
+  EpilogueRef expand_epilogue, epilogue;
 };
 
 }  // namespace effops

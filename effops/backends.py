@@ -14,7 +14,7 @@ import importlib.metadata
 import importlib.util
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -104,7 +104,7 @@ class _Cpp(_Kernels):
     """The C++ kernels of csrc/cpu."""
 
     name = "cpp"
-    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "mbconv", "se", "sepconv"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "effnet", "mbconv", "se", "sepconv"}
     dtypes = (torch.float32, torch.bfloat16, torch.float64)
 
     def why_not(self, call: Call) -> Sequence[str]:
@@ -301,6 +301,21 @@ def choose(call: Call, backend: str) -> str:
     return candidate.name
 
 
+def taken_among(names: Container[str], call: Call, backend: str) -> str | None:
+    """The backend of these that runs the call, or None where the choice would fall on none of them.
+
+    For an operator that few backends have and that other operators can do in its place.
+    """
+    wanted = _selected if backend == "auto" else backend
+    for candidate in BACKENDS:
+        asked = candidate.name in names and wanted in ("auto", candidate.name)
+        if asked and candidate.worth_it(call) and not candidate.why_not(call):
+            if _recorder is not None:
+                _recorder(call, candidate)
+            return candidate.name
+    return None
+
+
 def _by_name(call: Call, wanted: str, backend: str) -> Backend:
     for candidate in BACKENDS:
         if candidate.name == wanted:
@@ -374,6 +389,7 @@ _CHAINS = {
     "bsconv": "1x1 + {window}",
     "sepconv": "{window} + {second}",
     "mbconv": "1x1 + {window} + 1x1",
+    "effnet": "1x1 + {window} + {second} + 1x1",
     "se": "squeeze-excite",
     "blur_max_pool": "max pool {pool} + blur {window}",
 }

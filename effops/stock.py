@@ -31,6 +31,8 @@ __all__ = [
     "FusedDSConv",
     "HalfIdentityBlock",
     "InvertedResidual",
+    "MixConv2d",
+    "MulticeptionConv2d",
     "SeparableConvPool2d",
     "SharedDepthwiseConv2d",
     "SqueezeExcite",
@@ -135,6 +137,21 @@ class BSConvS(modules.BSConvS):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.dw(self.bn2(self.pw2(self.bn1(self.pw1(input)))))
+
+
+class MulticeptionConv2d(modules.MulticeptionConv2d):
+    """`effops.MulticeptionConv2d` as its sub-modules compute it one by one, with the concatenation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.norm(self.pw(self.dw_norm(torch.cat([dw(input) for dw in self.dw], 1)))))
+
+
+class MixConv2d(modules.MixConv2d):
+    """`effops.MixConv2d` as its sub-modules compute it one by one, with the concatenation."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        parts = [dw(x) for dw, x in zip(self.dw, self._inputs(input), strict=True)]
+        return self.act(self.norm(self.pw(self.dw_norm(torch.cat(parts, 1)))))
 
 
 class SqueezeExcite(modules.SqueezeExcite):

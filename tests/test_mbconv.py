@@ -58,6 +58,7 @@ class Case:
     expand: Epi = field(default_factory=Epi)
     dw: Epi = field(default_factory=Epi)
     pw: Epi = field(default_factory=Epi)
+    data: str = "normal"
 
     @property
     def hidden(self) -> int:
@@ -126,16 +127,16 @@ def make_tensors(case: Case, dtype: torch.dtype) -> dict[str, Tensor | None]:
     kh, kw = case.kernel
 
     def weight(*shape: int) -> Tensor:
-        return draw(shape, gen, "normal", (shape[1] * shape[2] * shape[3]) ** -0.5).to(dtype)
+        return draw(shape, gen, case.data, (shape[1] * shape[2] * shape[3]) ** -0.5).to(dtype)
 
     def vectors(prefix: str, epi: Epi, channels: int) -> dict[str, Tensor | None]:
         return {
-            prefix + name: (draw((channels,), gen, "normal") * 0.5 + 1).to(dtype) if getattr(epi, name) else None
+            prefix + name: (draw((channels,), gen, case.data) * 0.5 + 1).to(dtype) if getattr(epi, name) else None
             for name in ("bias", "scale", "shift")
         }
 
     shape = (case.n, case.c, case.h, case.w)
-    t: dict[str, Tensor | None] = {"input": lay_out(draw(shape, gen, "normal"), case.layout, dtype)}
+    t: dict[str, Tensor | None] = {"input": lay_out(draw(shape, gen, case.data, mean=1.0), case.layout, dtype)}
     t["expand_weight"] = weight(case.d, case.c, 1, 1) if case.d else None
     t |= vectors("expand_", case.expand if case.d else Epi(), case.hidden)
     t["dw_weight"] = weight(case.hidden, 1, kh, kw)
@@ -144,12 +145,13 @@ def make_tensors(case: Case, dtype: torch.dtype) -> dict[str, Tensor | None]:
         t[name] = None
     if case.se:
         t["se_reduce_weight"] = weight(case.se, case.hidden, 1, 1)
-        t["se_reduce_bias"] = (draw((case.se,), gen, "normal") + 0.5).to(dtype)
+        t["se_reduce_bias"] = (draw((case.se,), gen, case.data) + 0.5).to(dtype)
         t["se_expand_weight"] = weight(case.hidden, case.se, 1, 1)
-        t["se_expand_bias"] = draw((case.hidden,), gen, "normal").to(dtype)
+        t["se_expand_bias"] = draw((case.hidden,), gen, case.data).to(dtype)
     t["project_weight"] = weight(case.k, case.hidden, 1, 1)
     t |= vectors("", case.pw, case.k)
-    t["residual"] = lay_out(draw(case.out, gen, "normal"), case.residual_layout, dtype) if case.pw.residual else None
+    residual = lay_out(draw(case.out, gen, case.data, mean=1.0), case.residual_layout, dtype)
+    t["residual"] = residual if case.pw.residual else None
     return t
 
 

@@ -67,6 +67,7 @@ class PartsCase:
     dw: Epi = field(default_factory=Epi)
     pw: Epi = field(default_factory=Epi)
     float_params: bool = False
+    data: str = "normal"
 
     @property
     def channels(self) -> list[int]:
@@ -132,16 +133,17 @@ STRIDED = CASES[2]
 def make_tensors(case: PartsCase, dtype: torch.dtype) -> Tensors:
     gen = generator(case.id)
     params = torch.float32 if case.float_params and dtype == torch.bfloat16 else dtype
-    tensors: Tensors = {"input": lay_out(draw((case.n, case.c, case.h, case.w), gen, "normal"), case.layout, dtype)}
+    x = draw((case.n, case.c, case.h, case.w), gen, case.data, mean=1.0)
+    tensors: Tensors = {"input": lay_out(x, case.layout, dtype)}
     for i, (channels, (kh, kw)) in enumerate(zip(case.channels, case.kernels, strict=True)):
-        tensors[f"dw_weight{i}"] = draw((channels, 1, kh, kw), gen, "normal", (kh * kw) ** -0.5).to(dtype)
+        tensors[f"dw_weight{i}"] = draw((channels, 1, kh, kw), gen, case.data, (kh * kw) ** -0.5).to(dtype)
     mid = sum(case.channels)
-    tensors["pw_weight"] = draw((case.k, mid, 1, 1), gen, "normal", mid**-0.5).to(dtype)
+    tensors["pw_weight"] = draw((case.k, mid, 1, 1), gen, case.data, mid**-0.5).to(dtype)
     for prefix, epi, channels in (("dw_", case.dw, mid), ("", case.pw, case.k)):
         for name in ("bias", "scale", "shift"):
-            drawn = draw((channels,), gen, "normal").to(params)
+            drawn = draw((channels,), gen, case.data).to(params)
             tensors[prefix + name] = drawn if getattr(epi, name) else None
-    residual = draw((case.n, case.k, *case.output_size), gen, "normal").to(dtype)
+    residual = draw((case.n, case.k, *case.output_size), gen, case.data, mean=1.0).to(dtype)
     tensors["residual"] = residual if case.pw.residual else None
     tensors["dw_residual"] = None
     return tensors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -38,36 +39,77 @@ def se_backend(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-# id: (input shape, between, layout, biases, activation, gate)
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    id: str
+    n: int = 2
+    c: int = 8
+    h: int = 4
+    w: int = 5
+    between: int = 3  # channels between the products
+    layout: str = "contiguous"
+    bias: bool = True
+    activation: str = "relu"
+    gate: str = "sigmoid"
+    data: str = "normal"
+
+
 CASES = {
-    "c1-1x1": ((1, 1, 1, 1), 1, "contiguous", True, "relu", "sigmoid"),
-    "odd_c-nchw": ((3, 17, 5, 7), 4, "contiguous", True, "silu", "sigmoid"),
-    "odd_c-cl": ((3, 17, 5, 7), 5, "channels_last", False, "relu", "hardsigmoid"),
-    "cl_chunk": ((2, 28, 9, 6), 8, "cl_chunk", True, "relu", "sigmoid"),
-    "crop": ((2, 9, 6, 5), 2, "crop", False, "hardswish", "hardsigmoid"),
-    "expand_batch": ((3, 8, 4, 5), 3, "expand_batch", True, "gelu", "sigmoid"),
-    "batch0": ((0, 8, 4, 5), 3, "contiguous", True, "relu", "sigmoid"),
-    "one_image_of_many_pixels": ((1, 72, 61, 47), 24, "channels_last", True, "leaky_relu", "sigmoid"),
-    "many_channels": ((2, 530, 7, 7), 33, "channels_last", True, "none", "hardsigmoid"),
-    "wide_row": ((2, 40, 1, 500), 8, "contiguous", True, "relu", "sigmoid"),
-}
+    case.id: case
+    for case in (
+        Case(id="c1-1x1", n=1, c=1, h=1, w=1, between=1),
+        Case(id="odd_c-nchw", n=3, c=17, h=5, w=7, between=4, activation="silu"),
+        Case(id="odd_c-cl", n=3, c=17, h=5, w=7, between=5, layout="channels_last", bias=False, gate="hardsigmoid"),
+        Case(id="cl_chunk", c=28, h=9, w=6, between=8, layout="cl_chunk"),
+        Case(id="crop", c=9, h=6, between=2, layout="crop", bias=False, activation="hardswish", gate="hardsigmoid"),
+        Case(id="expand_batch", n=3, layout="expand_batch", activation="gelu"),
+        Case(id="batch0", n=0),
+        Case(id="one_image_of_many_pixels", n=1, c=72, h=61, w=47, between=24, layout="channels_last",
+             activation="leaky_relu"),
+        Case(id="many_channels", c=530, h=7, w=7, between=33, layout="channels_last", activation="none",
+             gate="hardsigmoid"),
+        Case(id="wide_row", c=40, h=1, w=500, between=8),
+    )
+}  # fmt: skip
 
 
-def tensors_of(name: str, dtype: torch.dtype) -> dict[str, Tensor | None]:
-    (n, c, h, w), between, layout, bias, _, _ = CASES[name]
-    gen = generator(f"se-{name}")
+def tensors_of(case: Case, dtype: torch.dtype) -> dict[str, Tensor | None]:
+    gen, c, between = generator(f"se-{case.id}"), case.c, case.between
+    x = draw((case.n, c, case.h, case.w), gen, case.data, mean=0.0) + 0.5
     return {
-        "input": lay_out(draw((n, c, h, w), gen, "normal", mean=0.0) + 0.5, layout, dtype),
-        "reduce_weight": draw((between, c, 1, 1), gen, "normal", c**-0.5).to(dtype),
-        "reduce_bias": (draw((between,), gen, "normal") * 0.5 + 0.7).to(dtype) if bias else None,
-        "expand_weight": draw((c, between, 1, 1), gen, "normal", between**-0.5).to(dtype),
-        "expand_bias": draw((c,), gen, "normal").to(dtype) if bias else None,
+        "input": lay_out(x, case.layout, dtype),
+        "reduce_weight": draw((between, c, 1, 1), gen, case.data, c**-0.5).to(dtype),
+        "reduce_bias": (draw((between,), gen, case.data) * 0.5 + 0.7).to(dtype) if case.bias else None,
+        "expand_weight": draw((c, between, 1, 1), gen, case.data, between**-0.5).to(dtype),
+        "expand_bias": draw((c,), gen, case.data).to(dtype) if case.bias else None,
     }
 
 
 def oracle(t: dict[str, Tensor | None], activation: str, gate: str) -> Tensor:
     hidden = activate(F.conv2d(t["input"].mean((2, 3), True), t["reduce_weight"], t["reduce_bias"]), activation, 0.01)
     return t["input"] * activate(F.conv2d(hidden, t["expand_weight"], t["expand_bias"]), gate, 0.01)
+
+
+def check_values_and_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
+    tensors = tensors_of(case, dtype)
+    shape = tensors["input"].shape
+    grad_output = draw(shape, generator(f"se-{case.id}-grad"), case.data) + 1
+
+    def run(t: dict[str, Tensor | None]) -> Tensor:
+        return EF.squeeze_excite2d(**t, activation=case.activation, gate=case.gate, backend=backend)
+
+    def torchs(t: dict[str, Tensor | None]) -> Tensor:
+        return oracle(t, case.activation, case.gate)
+
+    out, grads = gradients(run, tensors, grad_output)
+    truth, true_grads = gradients(torchs, to_float64(tensors), grad_output)
+    yardstick, torch_grads = gradients(torchs, tensors, grad_output)
+    empty = torch.empty(shape, device="meta", memory_format=memory_format_of(tensors["input"]))
+    assert out.stride() == empty.stride()
+    assert_within_budget(out, truth, yardstick, f"{case.id} output")
+    for which, grad in grads.items():
+        assert grad.dtype == dtype
+        assert_within_budget(grad, true_grads[which], torch_grads[which], f"{case.id} gradient of {which}")
 
 
 # A result of one element, whose error cannot average out, says nothing in bfloat16.
@@ -77,22 +119,7 @@ DTYPED = [(name, dtype) for name in CASES for dtype in (torch.float64, torch.flo
 
 @pytest.mark.parametrize(("name", "dtype"), DTYPED, ids=str)
 def test_values_and_gradients(name: str, dtype: torch.dtype, se_backend: str) -> None:
-    shape, _, _, _, activation, gate = CASES[name]
-    tensors = tensors_of(name, dtype)
-    grad_output = draw(shape, generator(f"se-{name}-grad"), "normal") + 1
-
-    def run(t: dict[str, Tensor | None]) -> Tensor:
-        return EF.squeeze_excite2d(**t, activation=activation, gate=gate, backend=se_backend)
-
-    out, grads = gradients(run, tensors, grad_output)
-    truth, true_grads = gradients(lambda t: oracle(t, activation, gate), to_float64(tensors), grad_output)
-    yardstick, torch_grads = gradients(lambda t: oracle(t, activation, gate), tensors, grad_output)
-    empty = torch.empty(shape, device="meta", memory_format=memory_format_of(tensors["input"]))
-    assert out.stride() == empty.stride()
-    assert_within_budget(out, truth, yardstick, f"{name} output")
-    for which, grad in grads.items():
-        assert grad.dtype == dtype
-        assert_within_budget(grad, true_grads[which], torch_grads[which], f"{name} gradient of {which}")
+    check_values_and_gradients(CASES[name], dtype, se_backend)
 
 
 @pytest.mark.parametrize("check", (gradcheck, gradgradcheck), ids=("once", "twice"))
@@ -107,7 +134,7 @@ def test_gradcheck(gate: str, check, se_backend: str) -> None:
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 def test_threads_and_repetition_give_the_same_bits(layout: str, cpp: str) -> None:
     torch.set_num_threads(2)
-    tensors = as_leaves(tensors_of("one_image_of_many_pixels", torch.float32))
+    tensors = as_leaves(tensors_of(CASES["one_image_of_many_pixels"], torch.float32))
     runs = []
     for _ in range(2):
         out = EF.squeeze_excite2d(**tensors, backend=cpp)
@@ -117,7 +144,7 @@ def test_threads_and_repetition_give_the_same_bits(layout: str, cpp: str) -> Non
 
 def test_opcheck_and_compile(cpp: str) -> None:
     for layout in ("contiguous", "channels_last"):
-        tensors = tensors_of("odd_c-nchw", torch.float32)
+        tensors = tensors_of(CASES["odd_c-nchw"], torch.float32)
         tensors["input"] = lay_out(tensors["input"].double(), layout, torch.float32)
         geometry = [int(layout == "channels_last"), 1, 7]
         arguments = (*tensors.values(), geometry)

@@ -83,6 +83,10 @@ def _depthwise(precision: str, sides: Sequence[str]) -> list[Item]:
     return [_measurement("dw", case.name, 128, precision, "forward", sides) for case in shapes.DWCONV]
 
 
+def _blocks(names: Sequence[str], precision: str, direction: str, sides: Sequence[str], batch: int) -> list[Item]:
+    return [_measurement("block", name, batch, precision, direction, sides) for name in names]
+
+
 def _models(precision: str, direction: str, batch: int, sides: Sequence[str]) -> list[Item]:
     return [_measurement("model", name, batch, precision, direction, sides) for name in shapes.MODELS]
 
@@ -98,6 +102,7 @@ def _measurements(own: tuple[str, ...]) -> list[Item]:
     every = heads + rest
     quick = (*own, "eager")
     compiled = ("compile-graph", "compile")
+    blocks, trained = [case.name for case in shapes.GPU_BLOCKS], list(shapes.GPU_TRAINING)
     return [
         # Ours against everybody where there is a goal, then ours against eager, then what compiling takes.
         *_pairs(heads, "float16", "forward", (*quick, *compiled)),
@@ -106,9 +111,13 @@ def _measurements(own: tuple[str, ...]) -> list[Item]:
         *_pairs(every, "float16", "forward", quick, batch=1),
         *_models("float16", "forward", 128, quick),
         *_models("float16", "forward", 1, quick),
+        *_blocks(blocks, "float16", "forward", quick, batch=128),
         *_pairs(rest, "float16", "forward", compiled),
         *_models("float16", "forward", 128, compiled),
+        *_blocks(trained, "float16", "forward+backward", quick, batch=128),
         *_pairs(every, "float32", "forward", quick),
+        *_blocks(blocks, "float16", "forward", compiled, batch=128),
+        *_blocks(blocks, "float16", "forward", quick, batch=1),
         *_pairs(every, "bfloat16", "forward", quick),
         *_pairs(_learned(heads), "float16", "forward+backward", compiled),
         *_pairs(_learned(rest), "float16", "forward+backward", quick),
@@ -123,6 +132,7 @@ def _measurements(own: tuple[str, ...]) -> list[Item]:
         *_pairs(every, "float16", "forward", compiled, batch=1),
         *_models("float16", "forward+backward", 128, compiled),
         *_depthwise("float16", compiled),
+        *_blocks(blocks, "float32", "forward", quick, batch=128),
         *_pairs(rest, "float32", "forward", compiled),
         *_pairs(rest, "bfloat16", "forward", compiled),
     ]
@@ -174,4 +184,12 @@ def rehearsal() -> list[Item]:
             )
         ),
         replace(_measurement("dw", "fixed3-128-14", 1, "float32", "forward", sides), needs=()),
+        *(
+            replace(_measurement("block", name, 1, "float32", direction, sides), needs=())
+            for name, direction in (
+                ("effnet1-64-128-16", "forward"),
+                ("mnv2-64-384-64-14-s1", "forward"),
+                ("multiception-64-8-k33", "forward+backward"),
+            )
+        ),
     ]

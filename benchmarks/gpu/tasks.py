@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from benchmarks import gate, networks, problems, shapes
+from benchmarks import gate, layers, networks, problems, shapes, training
 
 Call = Callable[[], Any]
 Wrap = Callable[[nn.Module, tuple[torch.Tensor, ...]], Call]
@@ -170,6 +170,55 @@ class ForwardBackward:
         return {"macs": 3 * self._problem.macs()}  # the products of the output, of dx and of dw
 
 
+class BlockStep:
+    """A module of benchmarks/training.py: output and all gradients; half precision by autocast."""
+
+    grad = True
+
+    def __init__(self, name: str, batch: int, precision: str, device: torch.device) -> None:
+        self._problem = training.ModuleTraining(name, batch, device)
+        self._precision, self._device = precision, device
+
+    def _cast(self) -> contextlib.AbstractContextManager:
+        dtype = dtype_of(self._precision)
+        return contextlib.nullcontext() if dtype == torch.float32 else torch.autocast(self._device.type, dtype)
+
+    def _under_autocast(self, call: Call) -> Call:
+        def run() -> Any:
+            with self._cast():
+                return call()
+
+        return run
+
+    def stock(self, wrap: Wrap) -> Call:
+        return self._under_autocast(self._problem.step("eager", FORMAT, lambda m, x: wrap(m, (x,))))
+
+    def effops(self, backend: str) -> Call:
+        return self._under_autocast(self._problem.step("effops", FORMAT, self._on(backend)))
+
+    def forward(self, backend: str) -> Call:
+        return self._under_autocast(self._problem.forward("effops", FORMAT, self._on(backend)))
+
+    @staticmethod
+    def _on(backend: str) -> Callable[[nn.Module, torch.Tensor], Call]:
+        import effops
+
+        def wrap(module: nn.Module, x: torch.Tensor) -> Call:
+            def call() -> torch.Tensor:
+                with effops.use_backend(backend):
+                    return module(x)
+
+            return (lambda: module(x)) if backend == "auto" else call
+
+        return wrap
+
+    def check(self, fn: Call, own: bool, what: str) -> dict | None:
+        return self._problem.check(fn, FORMAT, own, max(self._problem.BOUND, 10 * norm_bound(self._precision)))
+
+    def facts(self) -> dict[str, int]:
+        return {}
+
+
 class ModelForward:
     """A whole network in eval mode."""
 
@@ -278,13 +327,17 @@ def _flat(tensors: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
-def build(request: dict, device: torch.device) -> Forward | ForwardBackward | ModelForward | ModelStep:
+def build(request: dict, device: torch.device) -> Forward | ForwardBackward | BlockStep | ModelForward | ModelStep:
     """The task that a request names."""
     name, batch, precision = request["case"], request["batch"], request["precision"]
     both = request["direction"] == "forward+backward"
     if request["kind"] == "model":
         return (ModelStep if both else ModelForward)(name, batch, precision, device)
+    if request["kind"] == "block" and both:
+        return BlockStep(name, batch, precision, device)
     case = shapes.find(name)
+    if isinstance(case, shapes.LayerCase):
+        return Forward(layers.LayerProblem(case, batch, dtype_of(precision), device), precision)
     if both:
         return ForwardBackward(case, batch, precision, device)
     dtype = str(dtype_of(precision)).removeprefix("torch.")

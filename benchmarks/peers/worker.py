@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from benchmarks import gate, layers, networks, overhead, problems, shapes, timing
+from benchmarks import gate, layers, networks, overhead, problems, shapes, timing, training
 
 
 def build(request: dict):
@@ -27,12 +27,12 @@ def build(request: dict):
     if kind == "model":
         return networks.ModelProblem(request["case"], request["batch"])
     if kind == "training":
-        return networks.TrainingProblem(request["channels"], request["size"], request["batch"])
+        return training.TrainingProblem(request["channels"], request["size"], request["batch"])
+    if kind == "module-training":
+        return training.ModuleTraining(request["case"], request["batch"])
     case = shapes.find(request["case"])
     if kind == "layer":
         return layers.LayerProblem(case, request["batch"], getattr(torch, request["dtype"]))
-    if kind == "bs-training":
-        return networks.BlueprintTraining(case, request["batch"])
     if kind == "pointwise":
         case = case.pointwise_only()
     return problems.build(case, request["batch"], request["dtype"])
@@ -56,17 +56,17 @@ def answer(peer: str, module, request: dict, effort: timing.Effort) -> dict:
     if request["kind"] == "overhead":
         return {"overhead": overhead.measure(request["quick"])}
     problem = build(request)
-    training = request["kind"].endswith("training")
+    trains = request["kind"].endswith("training")
     sides = {}
     iterator = iter(module.candidates(problem))
     while True:
         variant = "?"
         try:
             variant, fn = next(iterator)
-            with contextlib.nullcontext() if training else torch.no_grad():
+            with contextlib.nullcontext() if trains else torch.no_grad():
                 checked = _gate(peer, problem, variant, fn, request.get("first", True))
                 result = timing.measure(fn, effort)
-                if hasattr(module, "note") and not training:
+                if hasattr(module, "note") and not trains:
                     result |= module.note(fn)
             if checked:
                 result["gate"] = checked

@@ -41,13 +41,22 @@ struct SepconvBindings {
 
   static Checked check(const Tensor& input, const Parameters& p, const Ints& g, const std::vector<double>& slopes,
                        const char* op) {
+    check_map(Kernels::checked(input), input, "input");
+    return check_expanded(input, input.size(1), p, g, slopes, op);
+  }
+
+  // On a map of the input's size with another number of channels.
+  static Checked check_expanded(const Tensor& input, index_t channels_in, const Parameters& p, const Ints& g,
+                                const std::vector<double>& slopes, const char* op) {
     STD_TORCH_CHECK(g.size() == kGeometry, "effops::", op, ": geometry must hold ", kGeometry, " integers, got ",
                     g.size());
     STD_TORCH_CHECK(slopes.size() == 2, "effops::", op, ": slopes must hold 2 numbers, got ", slopes.size());
     STD_TORCH_CHECK(g[14] >= 0 && g[14] <= 3, "effops::", op, ": pool must be 0 to 3, got ", g[14]);
     const Ints row_ints{1, g[1], 0, 0, g[4], g[5], 1, g[7], g[8], g[9], g[10], g[11], 0};
-    StaticArgs row = read_geometry(Kernels::checked(input), p.row_weight, row_ints, row_ints.size(), op);
+    check_map(p.row_weight, input, "row_weight");
     check_map(p.col_weight, input, "col_weight");
+    const std::array<index_t, 4> map{input.size(0), channels_in, input.size(2), input.size(3)};
+    StaticArgs row = read_geometry(map, p.row_weight, row_ints, row_ints.size(), op);
     Checked result{{}, row.channels_last, dense(p.row_weight), dense(p.col_weight)};
     SepconvForwardArgs& args = result.args;
     args.pool_w = pooled(row.g.Q, (g[14] & 1) != 0, op, "a width");

@@ -2,6 +2,7 @@
 #include "csrc/bindings/blurmaxpool.h"
 #include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv_parts.h"
+#include "csrc/bindings/effnet.h"
 #include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/bindings/se.h"
@@ -57,6 +58,7 @@ struct CpuKernels {
   static void mbconv_bwd(const Tensor& input, const MbconvBackwardArgs& args) {
     kernels().mbconv_bwd[row(input)](args);
   }
+  static void effnet_fwd(const Tensor& input, const EffnetForwardArgs& args) { kernels().effnet_fwd[row(input)](args); }
 };
 
 }  // namespace
@@ -77,6 +79,7 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("se_bwd", TORCH_BOX(&SeBindings<CpuKernels>::backward));
   library.impl("mbconv_fwd", TORCH_BOX(&MbconvBindings<CpuKernels>::forward));
   library.impl("mbconv_bwd", TORCH_BOX(&MbconvBindings<CpuKernels>::backward));
+  library.impl("effnet_fwd", TORCH_BOX(&EffnetBindings<CpuKernels>::forward));
 }
 
 }  // namespace effops

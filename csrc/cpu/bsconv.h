@@ -29,6 +29,7 @@ struct BsconvForward {
   PointwiseProduct<T> mid, pw;
   const Epilogue<C> epilogue;
   const bool has_mid, direct;
+  const bool stream;   // the output goes past the caches
   const index_t span;  // input rows of a window
 
   // How the work is cut: each image into `bands` of output rows, the panels into `ranges`.
@@ -45,6 +46,7 @@ struct BsconvForward {
         epilogue(shared, a.epilogue, g.C),
         has_mid(a.mid.outputs > 0),
         direct(a.output.c == 1),
+        stream(direct && streams<T>(a.output, g.C, g.N * g.P * g.Q * g.C)),
         span((g.R - 1) * g.dilation_h + 1) {}
 
   void run() {
@@ -66,6 +68,7 @@ struct BsconvForward {
         const index_t band = u % plan.bands;
         worker.run(u / plan.bands, g.P * band / plan.bands, g.P * (band + 1) / plan.bands);
       }
+      if (stream) fence_stores();
     });
   }
 
@@ -213,7 +216,7 @@ struct BsconvForward {
         const index_t begin = (n * g.P + p) * g.Q, stop = (n * g.P + end) * g.Q;
         if (residual) gather_pixels<T>(op.epilogue.residual, begin, stop, g.P, g.Q, column, part.C, residual, ld);
         if (op.direct) {
-          const DepthwiseRow<C, T, true> kernel(part, dw_weights[i - first], epilogue, true);
+          const DepthwiseRow<C, T, true> kernel(part, dw_weights[i - first], epilogue, true, op.stream);
           const TensorRef& out = op.args.output;
           T* base = static_cast<T*>(out.data) + n * out.n + column;
           for (index_t q = p; q < end; ++q) {

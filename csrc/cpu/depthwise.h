@@ -160,13 +160,15 @@ constexpr int kFullBlock = EFFOPS_VECTOR_BYTES == 64 ? 8 : 4;
 
 alignas(64) constexpr char kZeros[EFFOPS_VECTOR_BYTES] = {};  // a pixel outside the map
 
-// One output row segment. D is what the destination holds; tail lanes beyond `channels` are stored unless Exact.
+// One output row segment. D is what the destination holds; tail lanes beyond `channels` are stored unless Exact. stream:
+// past the caches, as `streams` allows it; the caller fences.
 template <class T, class D, bool Exact>
 class DepthwiseRow {
   using C = compute<T>;
 
  public:
-  DepthwiseRow(const DepthwiseGeometry& g, const C* weights, const Epilogue<C>& epilogue, bool with_epilogue)
+  DepthwiseRow(const DepthwiseGeometry& g, const C* weights, const Epilogue<C>& epilogue, bool with_epilogue,
+               bool stream = false)
       : g_(g),
         channels_(g.out_channels()),
         ld_(round_up(channels_, kLanes<C>)),
@@ -175,7 +177,7 @@ class DepthwiseRow {
         out_{with_epilogue ? epilogue.bias : nullptr,
              with_epilogue && epilogue.clamps() ? epilogue.low : -static_cast<C>(__builtin_inff()),
              with_epilogue && epilogue.clamps() ? epilogue.high : static_cast<C>(__builtin_inff()),
-             with_epilogue && !(epilogue.simple() && !epilogue.affine())} {}
+             with_epilogue && !(epilogue.simple() && !epilogue.affine()), stream} {}
 
   // dst[(q - q0) * dst_ld + c] for q in [q0, q0 + count) of output row p of image n. residual: the same layout, or
   // null.
@@ -235,6 +237,7 @@ class DepthwiseRow {
     const C* bias;
     C low, high;
     bool more;  // there is more to it: epilogue_.apply
+    bool stream;
     EFFOPS_INLINE vec<C> start(index_t c) const { return bias ? load(bias + c) : vec<C>{}; }
   };
 
@@ -245,7 +248,9 @@ class DepthwiseRow {
     } else {
       v = at_most<C>(at_least<C>(v, splat(out.low)), splat(out.high));
     }
-    store_lanes<Full || !Exact>(s.dst + i * s.dst_ld + c, v, imin(kLanes<C>, channels_ - c));
+    D* to = s.dst + i * s.dst_ld + c;
+    if (Full && out.stream) return store_past_caches(to, v);
+    store_lanes<Full || !Exact>(to, v, imin(kLanes<C>, channels_ - c));
   }
 
   // Any kernel, any border: one pixel.

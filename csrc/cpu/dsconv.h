@@ -126,15 +126,9 @@ struct DsconvForward {
     return result;
   }
 
-  // An output that no cache will hold until somebody reads it need not be fetched before it is written: a third of its
-  // traffic. The size is that of two thirds of a 32 MB L3. Only whole, aligned lines. (A norm reads it at once.)
+  // (A norm reads the result at once.)
   bool can_stream() const {
-    constexpr index_t kBytes = index_t{20} << 20;
-    constexpr index_t line = 64 / sizeof(T);
-    const TensorRef& y = result;
-    const bool aligned = (y.n | y.h | y.w | args.K) % line == 0 && reinterpret_cast<std::uintptr_t>(y.data) % 64 == 0;
-    return kCanStream<T> && one_pass() && aligned && !has_norm() &&
-           pixels * (args.K + args.keep) * static_cast<index_t>(sizeof(T)) >= kBytes;
+    return one_pass() && !has_norm() && streams<T>(result, args.K, pixels * (args.K + args.keep));
   }
 
   // The output's registers go straight to memory; else they pass through a scratch tile.

@@ -11,6 +11,7 @@ void dwconv_fwd(const DwconvForwardArgs& args) {
   const C* weights = pack_depthwise_weights<T>(shared, g, args.weight);
   const Epilogue<C> epilogue(shared, args.epilogue, channels);
   const bool direct = args.output.c == 1 && epilogue.residual.data == nullptr;
+  const bool stream = direct && streams<T>(args.output, channels, pixels * channels);
   const double cost = static_cast<double>(pixels) * ld / kLanes<C> * (g.R * g.S + 4);
   const index_t shares = shares_for(cost, g.N * g.P);
 
@@ -19,11 +20,12 @@ void dwconv_fwd(const DwconvForwardArgs& args) {
     RowSource<T> source(arena, args.input, g);
     const index_t begin = g.N * g.P * share / shares * g.Q, end = g.N * g.P * (share + 1) / shares * g.Q;
     if (direct) {
-      const DepthwiseRow<T, T, true> kernel(g, weights, epilogue, true);
+      const DepthwiseRow<T, T, true> kernel(g, weights, epilogue, true, stream);
       for_each_row_segment(begin, end, g.P, g.Q, [&](index_t n, index_t p, index_t q, index_t count, index_t) {
         T* dst = static_cast<T*>(args.output.data) + n * args.output.n + p * args.output.h + q * args.output.w;
         kernel.run(source, n, p, q, count, dst, args.output.w, nullptr, 0);
       });
+      if (stream) fence_stores();
       return;
     }
     const DepthwiseRow<T, C, false> kernel(g, weights, epilogue, true);

@@ -39,6 +39,7 @@ namespace {
 #include "csrc/cpu/se.h"
 #include "csrc/cpu/mbconv.h"
 #include "csrc/cpu/mbconv_backward.h"
+#include "csrc/cpu/effnet.h"
 // clang-format on
 
 }  // namespace
@@ -72,6 +73,7 @@ const KernelTable& table() {
       {se_bwd<float>, se_bwd<bf16>, se_bwd<double>},
       {mbconv_fwd<float>, mbconv_fwd<bf16>, mbconv_fwd<double>},
       {mbconv_bwd<float>, mbconv_bwd<bf16>, mbconv_bwd<double>},
+      {effnet_fwd<float>, effnet_fwd<bf16>, effnet_fwd<double>},
   };
 #endif
   return result;

@@ -29,15 +29,15 @@ struct MbconvForward {
   const DepthwiseGeometry& g;  // on the expanded channels
   Arena shared{Arena::kCall};
   const index_t hidden, ldz, span;
-  const Panels hidden_panels, output_panels;
+  const Panels hidden_panels;
   const bool expands, excites;
-  const FoldedEpilogue<C> expand_folded, dw_folded, folded;
-  const Epilogue<C> expand_epilogue, dw_epilogue, epilogue;
+  const FoldedEpilogue<C> expand_folded, dw_folded;
+  const Epilogue<C> expand_epilogue, dw_epilogue;
+  OutputProduct<T> project;
   const index_t ring_rows;   // output rows that a panel's ring serves at a time
   const index_t group_rows;  // output rows whose z exists at a time
-  const bool direct;         // output registers go straight to memory
   const ExciteProducts<T> products;
-  C *packed_expand = nullptr, *packed_project = nullptr;
+  C* packed_expand = nullptr;
 
   explicit MbconvForward(const MbconvForwardArgs& a)
       : args(a),
@@ -46,18 +46,15 @@ struct MbconvForward {
         ldz(row_distance<C>(hidden)),
         span((g.R - 1) * g.dilation_h + 1),
         hidden_panels(hidden, kLine),
-        output_panels(a.K, kLine),
         expands(a.expand.data != nullptr),
         excites(a.excitation.reduce_weight != nullptr),
         expand_folded(shared, a.expand_epilogue, expands ? hidden : 0),
         dw_folded(shared, a.dw_epilogue, hidden),
-        folded(shared, a.epilogue, a.K),
         expand_epilogue(shared, a.expand_epilogue, expands ? hidden : 0),
         dw_epilogue(shared, dw_folded.folds() ? dw_folded.without_scale() : a.dw_epilogue, hidden),
-        epilogue(shared, a.epilogue, a.K),
+        project(shared, a.project, a.epilogue, a.output, g, hidden, a.K),
         ring_rows(rows_in_l1()),
         group_rows(excites || ring_rows >= g.P ? g.P : ring_rows),
-        direct(folded.clamps() && a.output.c == 1 && residual_in_place()),
         products(shared, a.excitation, excites ? hidden : 0) {}
 
   // ---- sizes ----
@@ -71,16 +68,11 @@ struct MbconvForward {
   index_t ring_capacity() const { return imin(g.H, (ring_rows - 1) * g.stride_h + span); }
   index_t ring_size() const { return ring_capacity() * g.W * kMaxV * kLine; }
 
-  bool residual_in_place() const {
-    const TensorRef& r = args.epilogue.residual;
-    return r.data == nullptr || evenly_spaced(r, g.N, g.P, g.Q);
-  }
-
   double cost() const {
     const double expansion = expands ? static_cast<double>(g.H) * g.W * args.in_channels * hidden_panels.vectors : 0;
     const double outputs = static_cast<double>(g.P) * g.Q;
     return static_cast<double>(g.N) *
-           (expansion + outputs * hidden_panels.vectors * (g.R * g.S + 4) + outputs * hidden * output_panels.vectors);
+           (expansion + outputs * hidden_panels.vectors * (g.R * g.S + 4) + outputs * hidden * project.panels.vectors);
   }
 
   // ---- weights ----
@@ -89,12 +81,7 @@ struct MbconvForward {
     pack_panel(static_cast<const T*>(args.expand.data), args.expand.stride_in, args.expand.stride_out, args.in_channels,
                hidden, hidden_panels, panel, to);
   }
-  void pack_project(index_t panel, C* to) const {
-    pack_panel(static_cast<const T*>(args.project.data), args.project.stride_in, args.project.stride_out, hidden,
-               args.K, output_panels, panel, to);
-  }
   C* expand_panel(index_t panel) const { return packed_expand + args.in_channels * hidden_panels.first_column(panel); }
-  C* project_panel(index_t panel) const { return packed_project + hidden * output_panels.first_column(panel); }
 
   void pack(bool expansion) {
     constexpr double kPackCost = 6;  // of a register, in FMAs
@@ -102,16 +89,16 @@ struct MbconvForward {
     if (expand_panels > 0) {
       packed_expand = static_cast<C*>(shared.allocate(args.in_channels * hidden_panels.vectors * kLine * sizeof(C)));
     }
-    packed_project = static_cast<C*>(shared.allocate(hidden * output_panels.vectors * kLine * sizeof(C)));
-    const double registers =
-        static_cast<double>(hidden) * output_panels.vectors + static_cast<double>(expand_panels) * args.in_channels * 2;
-    const index_t panels = expand_panels + output_panels.count, shares = shares_for(kPackCost * registers, panels);
+    project.packed = static_cast<C*>(shared.allocate(project.packed_size() * sizeof(C)));
+    const double registers = static_cast<double>(hidden) * project.panels.vectors +
+                             static_cast<double>(expand_panels) * args.in_channels * 2;
+    const index_t panels = expand_panels + project.panels.count, shares = shares_for(kPackCost * registers, panels);
     run_tasks(shares, [&](index_t s) {
       for (index_t i = panels * s / shares; i < panels * (s + 1) / shares; ++i) {
         if (i < expand_panels) {
           pack_expand(i, expand_panel(i));
         } else {
-          pack_project(i - expand_panels, project_panel(i - expand_panels));
+          project.pack(i - expand_panels);
         }
       }
     });
@@ -247,57 +234,6 @@ struct MbconvForward {
     fill(dw, source, n, p_begin, p_end, z, sums, [](index_t, index_t) {});
   }
 
-  // ---- projection ----
-
-  // Flat output pixels [begin, end), the first at z, to the output channels of the panels [first, last). y, residual:
-  // tiles for what cannot go straight to memory.
-  struct Projection {
-    index_t begin, end;
-    const C* z;
-    C *y, *residual;
-  };
-  index_t ldy() const { return row_distance<C>(args.K); }
-
-  void project(const Projection& t, index_t first, index_t last) const {
-    for (index_t i = first; i < last; ++i) {
-      direct ? project_directly(t, i, project_panel(i)) : project_to_tile(t, i, project_panel(i));
-    }
-    if (direct) return;
-    const index_t column = output_panels.first_column(first);
-    const index_t columns = imin(args.K, output_panels.first_column(last)) - column;
-    if (t.residual) {
-      gather_pixels<T>(epilogue.residual, t.begin, t.end, g.P, g.Q, column, columns, t.residual + column, ldy());
-    }
-    apply_epilogue_rows<C>(from_channel(epilogue, column), t.end - t.begin, columns, t.y + column, ldy(),
-                           t.residual ? t.residual + column : nullptr, ldy());
-    scatter_pixels<T>(t.y + column, ldy(), args.output, t.begin, t.end, g.P, g.Q, column, columns);
-  }
-
-  void project_to_tile(const Projection& t, index_t panel, const C* weights) const {
-    const index_t width = output_panels.width(panel);
-    gemm_panel(width, t.end - t.begin, {t.z, ldz, 1, hidden}, weights, width * kLine,
-               StoreRaw<C>{t.y + output_panels.first_column(panel), ldy()});
-  }
-
-  void project_directly(const Projection& t, index_t panel, const C* weights) const {
-    const index_t column = output_panels.first_column(panel), width = output_panels.width(panel);
-    const index_t columns = imin(args.K - column, width * kLine);
-    const TensorRef &output = args.output, &residual = epilogue.residual;
-    for_each_run(output, t.begin, t.end, g.P, g.Q, [&](index_t position, index_t count, index_t offset) {
-      T* to = static_cast<T*>(output.data) + position + column;
-      const RowsOfA<C> a(t.z + offset * ldz, ldz, 1, hidden);
-      const C *scale = folded.scale + column, *shift = folded.shift + column;
-      if (residual.data) {
-        const T* added = static_cast<const T*>(residual.data) + (t.begin + offset) * residual.w + column;
-        const StoreScaled<T, true> out{to, output.w, columns, scale, shift, folded.low, folded.high, added, residual.w};
-        gemm_panel(width, count, a, weights, width * kLine, out);
-      } else {
-        const StoreScaled<T, false> out{to, output.w, columns, scale, shift, folded.low, folded.high, nullptr, 0};
-        gemm_panel(width, count, a, weights, width * kLine, out);
-      }
-    });
-  }
-
   // ---- the ways to go about it ----
 
   void run() {
@@ -330,8 +266,8 @@ struct MbconvForward {
         depthwise[i] = DepthwisePanel(op, i, values(op.dw_weights_size()));
       }
       z = values(op.group_rows * g.Q * op.ldz);
-      if (!op.direct) y = values(op.group_rows * g.Q * op.ldy());
-      if (!op.direct && op.epilogue.residual.data) residual = values(op.group_rows * g.Q * op.ldy());
+      if (!op.project.direct) y = values(op.group_rows * g.Q * op.project.ld());
+      if (y && op.args.epilogue.residual.data) residual = values(op.group_rows * g.Q * op.project.ld());
       if (op.excites) {
         sums = static_cast<double*>(arena.allocate(op.hidden * sizeof(double)));
         gates = values(op.hidden);
@@ -379,7 +315,7 @@ struct MbconvForward {
         products.gates(s.sums, g.P * g.Q, *s.image, s.gates);
         scale_pixels<C, C>({s.z, ldz}, s.gates, nullptr, end - begin, hidden, {s.z, ldz});
       }
-      project({begin, end, s.z, s.y, s.residual}, 0, output_panels.count);
+      project.run({begin, end, {s.z, ldz, 1, hidden}, s.y, s.residual}, 0, project.panels.count);
     }
   }
 
@@ -388,8 +324,8 @@ struct MbconvForward {
     const auto values = [&](index_t count) { return static_cast<C*>(shared.allocate(count * sizeof(C))); };
     C* gathered = expands && !input_in_place() ? values(g.H * g.W * ld_x) : nullptr;
     C* z = values(g.P * g.Q * ldz);
-    C* y = direct ? nullptr : values(g.P * g.Q * ldy());
-    C* residual = y && epilogue.residual.data ? values(g.P * g.Q * ldy()) : nullptr;
+    C* y = project.direct ? nullptr : values(g.P * g.Q * project.ld());
+    C* residual = y && args.epilogue.residual.data ? values(g.P * g.Q * project.ld()) : nullptr;
     double* sums = excites ? static_cast<double*>(shared.allocate(hidden * sizeof(double))) : nullptr;
     C* gates = excites ? values(hidden) : nullptr;
     const auto* image = excites ? products.new_images(shared, 1) : nullptr;
@@ -409,12 +345,15 @@ struct MbconvForward {
           scale_pixels<C, C>({rows, ldz}, gates, nullptr, piece(k + 1) - piece(k), hidden, {rows, ldz});
         });
       }
-      run_tasks(pieces * output_panels.count, [&](index_t task) {
+      run_tasks(pieces * project.panels.count, [&](index_t task) {
         const index_t i = task / pieces, begin = piece(task % pieces), end = piece(task % pieces + 1);
-        const index_t at = begin * ldy();
-        project({n * pixels + begin, n * pixels + end, z + begin * ldz, y ? y + at : nullptr,
-                 residual ? residual + at : nullptr},
-                i, i + 1);
+        const index_t at = begin * project.ld();
+        project.run({n * pixels + begin,
+                     n * pixels + end,
+                     {z + begin * ldz, ldz, 1, hidden},
+                     y ? y + at : nullptr,
+                     residual ? residual + at : nullptr},
+                    i, i + 1);
       });
     }
   }

@@ -66,6 +66,104 @@ struct PointwiseProduct {
   }
 };
 
+// A pointwise convolution whose result is the operator's output map: the last one of a chain. Its epilogue runs on the
+// way out of the registers where it is an affine map and a clamp, else on a tile.
+template <class T>
+struct OutputProduct {
+  using C = compute<T>;
+  static constexpr index_t kLine = kLanes<C>;
+
+  // Output pixels [begin, end), numbered through the batch, of the rows `a`. y, residual: tiles of ld() for what cannot
+  // go straight to memory; null where `direct`, or without a residual.
+  struct Pixels {
+    index_t begin, end;
+    RowsOfA<C> a;
+    C *y, *residual;
+  };
+
+  const MatrixRef matrix;
+  const TensorRef output;
+  const index_t P, Q, k, K;
+  const Panels panels;
+  const FoldedEpilogue<C> folded;
+  const Epilogue<C> epilogue;
+  const bool direct;  // output registers go straight to memory
+  C* packed = nullptr;
+
+  // g: of the map, [N, K, P, Q]. k: rows of the matrix, of all its pieces.
+  OutputProduct(Arena& arena, const MatrixRef& m, const EpilogueRef& e, const TensorRef& y, const DepthwiseGeometry& g,
+                index_t k_, index_t K_)
+      : matrix(m),
+        output(y),
+        P(g.P),
+        Q(g.Q),
+        k(k_),
+        K(K_),
+        panels(K, kLine),
+        folded(arena, e, K),
+        epilogue(arena, e, K),
+        direct(folded.clamps() && y.c == 1 && (e.residual.data == nullptr || evenly_spaced(e.residual, g.N, P, Q))) {}
+
+  index_t ld() const { return row_distance<C>(K); }
+  index_t packed_size() const { return k * panels.vectors * kLine; }
+  C* panel(index_t i) const { return packed + k * panels.first_column(i); }
+  void pack(index_t i) const {
+    const index_t rows = k / matrix.pieces, width = panels.width(i) * kLine;
+    for (index_t piece = 0; piece < matrix.pieces; ++piece) {
+      pack_panel(static_cast<const T*>(matrix.data) + piece * matrix.stride_piece, matrix.stride_in, matrix.stride_out,
+                 rows, K, panels, i, panel(i) + piece * rows * width);
+    }
+  }
+
+  // All panels, by all threads.
+  void pack_all(Arena& arena) {
+    constexpr double kPackCost = 6;  // of a register, in FMAs
+    packed = static_cast<C*>(arena.allocate(packed_size() * sizeof(C)));
+    const index_t packers = slots_for(kPackCost * k * panels.vectors, panels.count);
+    run_tasks(packers, [&](index_t s) {
+      for (index_t i = panels.count * s / packers; i < panels.count * (s + 1) / packers; ++i) pack(i);
+    });
+  }
+
+  // The output channels of the panels [first, last).
+  void run(const Pixels& t, index_t first, index_t last) const {
+    for (index_t i = first; i < last; ++i) direct ? to_memory(t, i) : to_tile(t, i);
+    if (direct) return;
+    const index_t column = panels.first_column(first), columns = imin(K, panels.first_column(last)) - column;
+    if (t.residual) {
+      gather_pixels<T>(epilogue.residual, t.begin, t.end, P, Q, column, columns, t.residual + column, ld());
+    }
+    apply_epilogue_rows<C>(from_channel(epilogue, column), t.end - t.begin, columns, t.y + column, ld(),
+                           t.residual ? t.residual + column : nullptr, ld());
+    scatter_pixels<T>(t.y + column, ld(), output, t.begin, t.end, P, Q, column, columns);
+  }
+
+ private:
+  void to_tile(const Pixels& t, index_t i) const {
+    gemm_panel(panels.width(i), t.end - t.begin, t.a, panel(i), panels.width(i) * kLine,
+               StoreRaw<C>{t.y + panels.first_column(i), ld()});
+  }
+
+  void to_memory(const Pixels& t, index_t i) const {
+    const index_t column = panels.first_column(i), width = panels.width(i);
+    const index_t columns = imin(K - column, width * kLine);
+    const TensorRef& residual = epilogue.residual;
+    for_each_run(output, t.begin, t.end, P, Q, [&](index_t position, index_t count, index_t offset) {
+      T* to = static_cast<T*>(output.data) + position + column;
+      const RowsOfA<C> a = t.a.skip(offset);
+      const C *scale = folded.scale + column, *shift = folded.shift + column;
+      if (residual.data) {
+        const T* added = static_cast<const T*>(residual.data) + (t.begin + offset) * residual.w + column;
+        const StoreScaled<T, true> out{to, output.w, columns, scale, shift, folded.low, folded.high, added, residual.w};
+        gemm_panel(width, count, a, panel(i), width * kLine, out);
+      } else {
+        const StoreScaled<T, false> out{to, output.w, columns, scale, shift, folded.low, folded.high, nullptr, 0};
+        gemm_panel(width, count, a, panel(i), width * kLine, out);
+      }
+    });
+  }
+};
+
 // The input's pixels in the order of the map itself, for what comes before a depthwise convolution.
 inline DepthwiseGeometry input_map(const DepthwiseGeometry& g) {
   DepthwiseGeometry map = g;

@@ -89,22 +89,22 @@ inline double sepconv_cost(const SepconvForwardArgs& args, index_t ld, index_t l
   return (rows + columns) * ld / lanes;
 }
 
-template <class T>
+// T: of the maps; W: of the weights, of the same compute type.
+template <class T, class W = T>
 struct SepconvForward {
   using C = compute<T>;
   const SepconvForwardArgs& args;
-  Arena shared{Arena::kCall};
   const index_t channels, ld, rows_out;  // rows_out: output rows of all images
   const C *row_weights, *col_weights;
   const Epilogue<C> row_epilogue, col_epilogue;
 
-  explicit SepconvForward(const SepconvForwardArgs& a)
+  SepconvForward(Arena& shared, const SepconvForwardArgs& a)
       : args(a),
         channels(a.col.C),
         ld(round_up(channels, kLanes<C>)),
         rows_out(a.col.N * (a.col.P / a.pool_h)),
-        row_weights(pack_depthwise_weights<T>(shared, a.row, a.row_weight)),
-        col_weights(pack_depthwise_weights<T>(shared, a.col, a.col_weight)),
+        row_weights(pack_depthwise_weights<W>(shared, a.row, a.row_weight)),
+        col_weights(pack_depthwise_weights<W>(shared, a.col, a.col_weight)),
         row_epilogue(shared, a.row_epilogue, channels),
         col_epilogue(shared, a.col_epilogue, channels) {}
 
@@ -114,20 +114,23 @@ struct SepconvForward {
     constexpr index_t kRangeRows = 16;
     const index_t slots = slots_for(sepconv_cost(args, ld, kLanes<C>), rows_out);
     const index_t shares = slots == 1 ? 1 : imax(slots, imin(4 * slots, rows_out / kRangeRows));
-    run_tasks(shares, [&](index_t s) { Task(*this).run(rows_out * s / shares, rows_out * (s + 1) / shares); });
+    run_tasks(shares, [&](index_t s) {
+      Arena arena(Arena::kTask);
+      Task(*this, args, arena).run(rows_out * s / shares, rows_out * (s + 1) / shares);
+    });
   }
 
   struct Task {
     const SepconvForward& op;
     const SepconvForwardArgs& args;
-    Arena arena{Arena::kTask};
     RowSource<T> source;
     PooledRows<T> rows;
     C* lines = nullptr;  // [pool_h][Q][ld], where results do not go straight to the output
 
-    explicit Task(const SepconvForward& o)
+    // The maps are those of `a`, which differs from the operator's args in batch, input and output at most.
+    Task(const SepconvForward& o, const SepconvForwardArgs& a, Arena& arena)
         : op(o),
-          args(o.args),
+          args(a),
           source(arena, args.input, args.row),
           rows(arena, source, args, o.row_weights, o.row_epilogue, (args.col.R - 1) * args.col.dilation_h + 1) {
       if (!direct()) lines = static_cast<C*>(arena.allocate(args.pool_h * args.col.Q * op.ld * sizeof(C)));
@@ -139,7 +142,8 @@ struct SepconvForward {
       const index_t P = args.col.P / args.pool_h;
       for (index_t i = begin; i < end; ++i) {
         const index_t n = i / P, p = i % P;
-        T* to = static_cast<T*>(args.output.data) + n * args.output.n + p * args.output.h;
+        T* to = static_cast<T*>(args.output.data) + n * args.output.n + p / args.planes * args.output.h +
+                p % args.planes * args.plane;
         direct() ? convolve<T, true>(n, p, to, args.output.w) : through_lines(n, p, to);
       }
     }
@@ -166,5 +170,6 @@ struct SepconvForward {
 
 template <class T>
 void sepconv_fwd(const SepconvForwardArgs& args) {
-  SepconvForward<T>(args).run();
+  Arena shared(Arena::kCall);
+  SepconvForward<T>(shared, args).run();
 }

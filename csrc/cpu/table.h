@@ -33,6 +33,7 @@ struct KernelTable {
   void (*se_bwd[kNumDTypes])(const SeBackwardArgs&);
   void (*mbconv_fwd[kNumDTypes])(const MbconvForwardArgs&);
   void (*mbconv_bwd[kNumDTypes])(const MbconvBackwardArgs&);
+  void (*effnet_fwd[kNumDTypes])(const EffnetForwardArgs&);
 };
 
 }  // namespace effops

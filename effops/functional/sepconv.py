@@ -27,7 +27,7 @@ class SeparablePoolPlan(NamedTuple):
     shape: Shape
 
 
-def _pool_plan(
+def pool_plan(
     op: str,
     input: Shape,
     row_weight: Shape,
@@ -92,7 +92,7 @@ def _pooled(op: str, what: str, size: int) -> int:
     return size // 2
 
 
-_plan = check.cached(_pool_plan)
+_plan = check.cached(pool_plan)
 
 
 def separable_conv_pool2d(

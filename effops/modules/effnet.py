@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import effops.functional as EF
+from effops.functional.effnet import Step, effnet_block
 from effops.modules._arguments import (
     ActivationLike,
     IntOrPair,
@@ -26,6 +27,7 @@ from effops.modules._fusion import (
     last_norm_stage,
     norm_stage,
     run_stages,
+    tampered,
     why_not_act,
     why_not_dw,
     why_not_norm,
@@ -312,18 +314,57 @@ class EffNetBlock(FusedBlock):
         """[N, C, H, W] -> [N, K, P, Q]."""
         if not self._fuses():
             return self._forward_unfused(input)
+        shortcut = self._shortcut(input) if self.residual else None
+        whole = self._forward_whole(input, shortcut)
+        if whole is not None:
+            return whole
         parts, buffers = self._modules, self._buffers
         expand, project = parts["expand"], parts["project"]
         stages = [last_norm_stage(parts["expand_norm"], self.backend), Stage("act", parts["expand_act"])]
         e = self._pointwise(input, expand, buffers["_expand_taps"], stages)
         stages = [last_norm_stage(parts["norm"], self.backend)]
-        if self.residual:
-            stages.append(Stage("residual", self._shortcut(input)))
+        if shortcut is not None:
+            stages.append(Stage("residual", shortcut))
         stages.append(Stage("act", parts["act"]))
         z = parts["dw"](e)
         if project.groups != 1:
             return run_stages(project(z), stages)
         return self._pointwise(z, project, buffers["_project_taps"], stages)
+
+    def _forward_whole(self, input: Tensor, shortcut: Tensor | None) -> Tensor | None:
+        """The block as one kernel, where it can be: no gradient, no batch statistics, no part for torch."""
+        parts = self._modules
+        dw, project = parts["dw"], parts["project"]
+        if torch.is_grad_enabled() or self.training or project.groups != 1 or tampered(dw) or not dw._fuses():
+            return None
+        inner = dw._modules
+        row, col = inner["row"], inner["col"]
+        last = [self._stage("norm"), Stage("act", parts["act"])]
+        if shortcut is not None:
+            last.insert(1, Stage("residual", shortcut))
+        chains = (
+            (parts["expand"], [self._stage("expand_norm"), Stage("act", parts["expand_act"])]),
+            (row, [norm_stage(inner["row_norm"], self.backend), Stage("act", inner["row_act"])]),
+            (col, [norm_stage(inner["norm"], self.backend), Stage("act", inner["act"])]),
+            (project, last),
+        )
+        steps = []
+        for conv, stages in chains:
+            epilogue, fused = fill_epilogue(stages)
+            if fused < len(stages):
+                return None
+            steps.append(Step(conv.weight, conv.bias, epilogue))
+        return effnet_block(
+            input,
+            *steps,
+            pool=dw.pool,
+            stride=(col.stride[0], row.stride[1]),
+            padding=(col.padding[0], row.padding[1]),
+            backend=self.backend,
+        )
+
+    def _stage(self, name: str) -> Stage:
+        return norm_stage(self._modules[name], self.backend)
 
     def _pointwise(self, x: Tensor, conv: nn.Conv2d, taps: Tensor, stages: list[Stage]) -> Tensor:
         """The 1x1 convolution, or the 2x1 one of stride (2, 1), and what follows it."""

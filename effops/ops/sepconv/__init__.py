@@ -21,20 +21,35 @@ KERNELS = {"cpp": Kernels(_ops.sepconv_fwd.default, _ops.sepconv_bwd.default)}
 _TENSORS = 9  # of the forward operator
 
 
-def _row_shape(input, row_weight, geometry) -> tuple[int, ...]:
-    """What the column convolution reads."""
-    n, c, h, w = input.shape
-    h, w = G.output_size(h, w, 1, row_weight.shape[3], reference.row_geometry(geometry))
+GEOMETRY = 15  # ints of the geometry
+
+
+def _between(input, row_weight, geometry) -> tuple[int, int, int, int]:
+    """Shape of what the column convolution reads; from shapes, as the others here."""
+    n, c, h, w = input
+    h, w = G.output_size(h, w, 1, row_weight[3], reference.row_geometry(geometry))
     return n, c * geometry[G.MULTIPLIER], h, w // 2 if geometry[POOL] & POOL_ROW else w
+
+
+def output_shape(input, row_weight, col_weight, geometry) -> tuple[int, int, int, int]:
+    """[N,D,P,Q]."""
+    n, d, h, w = _between(input, row_weight, geometry)
+    p, q = G.output_size(h, w, col_weight[2], 1, reference.col_geometry(geometry))
+    return n, d, p // 2 if geometry[POOL] & POOL_COL else p, q
+
+
+def flops(input, row_weight, col_weight, geometry) -> int:
+    """Two for each product."""
+    between = _between(input, row_weight, geometry)
+    row = depthwise_flops(input, row_weight, reference.row_geometry(geometry))
+    return row + depthwise_flops(between, col_weight, reference.col_geometry(geometry))
 
 
 @register_fake("sepconv_fwd")
 def _sepconv_fwd(
     input, row_weight, row_bias, row_scale, row_shift, col_weight, bias, scale, shift, geometry, slopes,
 ):  # fmt: skip
-    n, d, h, w = _row_shape(input, row_weight, geometry)
-    p, q = G.output_size(h, w, col_weight.shape[2], 1, reference.col_geometry(geometry))
-    return fake_output(input, (n, d, p // 2 if geometry[POOL] & POOL_COL else p, q), geometry)
+    return fake_output(input, output_shape(input.shape, row_weight.shape, col_weight.shape, geometry), geometry)
 
 
 @register_fake("sepconv_bwd")
@@ -51,11 +66,7 @@ def _sepconv_fwd_flops(
     input, row_weight, row_bias, row_scale, row_shift, col_weight, bias, scale, shift, geometry, slopes,
     out_shape=None,
 ):  # fmt: skip
-    n, c, h, w = input
-    row, col = reference.row_geometry(geometry), reference.col_geometry(geometry)
-    h, q = G.output_size(h, w, 1, row_weight[3], row)
-    pooled = (n, c * geometry[G.MULTIPLIER], h, q // 2 if geometry[POOL] & POOL_ROW else q)
-    return depthwise_flops(input, row_weight, row) + depthwise_flops(pooled, col_weight, col)
+    return flops(input, row_weight, col_weight, geometry)
 
 
 class SeparableConvPool2dFunction(KernelFunction):
