@@ -1,6 +1,7 @@
 // All operators of one set of kernels, registered in one place: a room that is added here is added on every device.
 #pragma once
 
+#include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv.h"
 #include "csrc/bindings/dwconv.h"
 
@@ -13,4 +14,6 @@
     library.impl("dwconv_stats_bwd" suffix, TORCH_BOX(&DwconvBindings<Kernels>::statistics_backward)); \
     library.impl("dsconv_fwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::forward));                   \
     library.impl("dsconv_bwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::backward));                  \
+    library.impl("bsconv_fwd" suffix, TORCH_BOX(&BsconvBindings<Kernels>::forward));                   \
+    library.impl("bsconv_bwd" suffix, TORCH_BOX(&BsconvBindings<Kernels>::backward));                  \
   } while (false)

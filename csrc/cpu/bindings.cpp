@@ -1,6 +1,5 @@
 // The operators for the CPU key.
 #include "csrc/bindings/blurmaxpool.h"
-#include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
@@ -65,8 +64,6 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
   library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
-  library.impl("bsconv_fwd", TORCH_BOX(&BsconvBindings<CpuKernels>::forward));
-  library.impl("bsconv_bwd", TORCH_BOX(&BsconvBindings<CpuKernels>::backward));
   library.impl("sepconv_fwd", TORCH_BOX(&SepconvBindings<CpuKernels>::forward));
   library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
   library.impl("blur_max_pool_fwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::forward));

@@ -43,6 +43,16 @@ struct KernelsOn {
     Tensor scratch = new_bytes(input, cuda::dsconv_bwd_scratch(dtype(input), args, on.device()));
     cuda::dsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
   }
+  static void bsconv_fwd(const Tensor& input, const BsconvForwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::bsconv_fwd_scratch(dtype(input), args, on.device()));
+    cuda::bsconv_fwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void bsconv_bwd(const Tensor& input, const BsconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::bsconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::bsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
 };
 
 }  // namespace effops

@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "tests/cuda_host/options.h"
+#include "tests/cuda_host/problems_bsconv.h"
 #include "tests/cuda_host/problems_dsconv.h"
 #include "tests/cuda_host/problems_dwconv.h"
 
@@ -30,6 +31,7 @@ constexpr Device kHost = {2, 163 << 10, 80};  // few processors: blocks have mor
 void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_dwconv(sizes, visit);
   visit_dsconv(sizes, visit);
+  visit_bsconv(sizes, visit);
 }
 
 void record_launches() {

@@ -196,7 +196,7 @@ struct Layer {
     e.post = Activation::relu;
     return e;
   }
-  EpilogueGrads gradients(Memory& m, index_t channels) const {
+  EpilogueGrads vector_gradients(Memory& m, index_t channels) const {
     EpilogueGrads grads;
     grads.bias_dtype = grads.scale_dtype = grads.shift_dtype = dtype();
     if (kind == Epilogue::none) return grads;
@@ -204,7 +204,11 @@ struct Layer {
     if (kind == Epilogue::relu) return grads;
     grads.scale = m.output(channels, dtype());
     grads.shift = m.output(channels, dtype());
-    grads.residual = written_map(m, channels, g.P);
+    return grads;
+  }
+  EpilogueGrads gradients(Memory& m, index_t channels) const {
+    EpilogueGrads grads = vector_gradients(m, channels);
+    if (kind == Epilogue::full) grads.residual = written_map(m, channels, g.P);
     return grads;
   }
   TensorRef saved_output(Memory& m, index_t channels) const {
