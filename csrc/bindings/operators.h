@@ -3,6 +3,7 @@
 
 #include "csrc/bindings/dsconv.h"
 #include "csrc/bindings/dwconv.h"
+#include "csrc/bindings/se.h"
 
 // In STABLE_TORCH_LIBRARY_IMPL: operators `<name><suffix>` run on `Kernels`.
 #define EFFOPS_REGISTER_OPERATORS(library, Kernels, suffix)                                            \
@@ -13,4 +14,6 @@
     library.impl("dwconv_stats_bwd" suffix, TORCH_BOX(&DwconvBindings<Kernels>::statistics_backward)); \
     library.impl("dsconv_fwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::forward));                   \
     library.impl("dsconv_bwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::backward));                  \
+    library.impl("se_fwd" suffix, TORCH_BOX(&SeBindings<Kernels>::forward));                           \
+    library.impl("se_bwd" suffix, TORCH_BOX(&SeBindings<Kernels>::backward));                          \
   } while (false)

@@ -43,6 +43,16 @@ struct KernelsOn {
     Tensor scratch = new_bytes(input, cuda::dsconv_bwd_scratch(dtype(input), args, on.device()));
     cuda::dsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
   }
+  static void se_fwd(const Tensor& input, const SeForwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::se_fwd_scratch(dtype(input), args, on.device()));
+    cuda::se_fwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void se_bwd(const Tensor& input, const SeBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::se_bwd_scratch(dtype(input), args, on.device()));
+    cuda::se_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
 };
 
 }  // namespace effops
