@@ -38,4 +38,7 @@ void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& devic
 void se_fwd(DType dtype, const SeForwardArgs& args, const Device& device, void* scratch, Stream stream);
 void se_bwd(DType dtype, const SeBackwardArgs& args, const Device& device, void* scratch, Stream stream);
 
+void blur_max_pool_fwd(DType dtype, const BlurMaxPoolArgs& args, const Device& device, Stream stream);
+void blur_max_pool_bwd(DType dtype, const BlurMaxPoolArgs& args, const Device& device, Stream stream);
+
 }  // namespace effops::cuda

@@ -53,6 +53,14 @@ struct KernelsOn {
     Tensor scratch = new_bytes(input, cuda::se_bwd_scratch(dtype(input), args, on.device()));
     cuda::se_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
   }
+  static void blur_max_pool_fwd(const Tensor& input, const BlurMaxPoolArgs& args) {
+    const Context on(input);
+    cuda::blur_max_pool_fwd(dtype(input), args, on.device(), on.stream());
+  }
+  static void blur_max_pool_bwd(const Tensor& input, const BlurMaxPoolArgs& args) {
+    const Context on(input);
+    cuda::blur_max_pool_bwd(dtype(input), args, on.device(), on.stream());
+  }
 };
 
 }  // namespace effops

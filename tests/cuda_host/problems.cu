@@ -12,6 +12,7 @@
 #include <tuple>
 
 #include "tests/cuda_host/options.h"
+#include "tests/cuda_host/problems_blurmaxpool.h"
 #include "tests/cuda_host/problems_dsconv.h"
 #include "tests/cuda_host/problems_dwconv.h"
 #include "tests/cuda_host/problems_se.h"
@@ -32,6 +33,7 @@ void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_dwconv(sizes, visit);
   visit_dsconv(sizes, visit);
   visit_se(sizes, visit);
+  visit_blurmaxpool(sizes, visit);
 }
 
 void record_launches() {
