@@ -351,9 +351,8 @@ void statistics_backward(const DwconvStatsBackwardArgs& args, Run& run) {
 }  // namespace
 
 std::size_t dwconv_bwd_scratch(DType dtype, const DwconvBackwardArgs& args, const Device& device) {
-  return count_scratch(device, [&](Run& run) {
-    with_type(dtype, [&](auto element) { backward<decltype(element)>(args, run); });
-  });
+  return count_scratch(
+      device, [&](Run& run) { with_type(dtype, [&](auto element) { backward<decltype(element)>(args, run); }); });
 }
 
 void dwconv_bwd(DType dtype, const DwconvBackwardArgs& args, const Device& device, void* scratch, Stream stream) {

@@ -12,9 +12,11 @@
 #include <tuple>
 
 #include "tests/cuda_host/options.h"
+#include "tests/cuda_host/problems_blurmaxpool.h"
 #include "tests/cuda_host/problems_bsconv.h"
 #include "tests/cuda_host/problems_dsconv.h"
 #include "tests/cuda_host/problems_dwconv.h"
+#include "tests/cuda_host/problems_se.h"
 
 extern "C" const char __executable_start;  // the linker's: where the program lies in memory
 
@@ -32,6 +34,8 @@ void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_dwconv(sizes, visit);
   visit_dsconv(sizes, visit);
   visit_bsconv(sizes, visit);
+  visit_se(sizes, visit);
+  visit_blurmaxpool(sizes, visit);
 }
 
 void record_launches() {
