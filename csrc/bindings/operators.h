@@ -5,6 +5,7 @@
 #include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv.h"
 #include "csrc/bindings/dwconv.h"
+#include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/se.h"
 
 // In STABLE_TORCH_LIBRARY_IMPL: operators `<name><suffix>` run on `Kernels`.
@@ -18,6 +19,8 @@
     library.impl("dsconv_bwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::backward));                  \
     library.impl("bsconv_fwd" suffix, TORCH_BOX(&BsconvBindings<Kernels>::forward));                   \
     library.impl("bsconv_bwd" suffix, TORCH_BOX(&BsconvBindings<Kernels>::backward));                  \
+    library.impl("mbconv_fwd" suffix, TORCH_BOX(&MbconvBindings<Kernels>::forward));                   \
+    library.impl("mbconv_bwd" suffix, TORCH_BOX(&MbconvBindings<Kernels>::backward));                  \
     library.impl("se_fwd" suffix, TORCH_BOX(&SeBindings<Kernels>::forward));                           \
     library.impl("se_bwd" suffix, TORCH_BOX(&SeBindings<Kernels>::backward));                          \
     library.impl("blur_max_pool_fwd" suffix, TORCH_BOX(&BlurMaxPoolBindings<Kernels>::forward));       \

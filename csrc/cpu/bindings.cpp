@@ -1,6 +1,5 @@
 // The operators for the CPU key.
 #include "csrc/bindings/dsconv_parts.h"
-#include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
@@ -66,8 +65,6 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
   library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
   library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
-  library.impl("mbconv_fwd", TORCH_BOX(&MbconvBindings<CpuKernels>::forward));
-  library.impl("mbconv_bwd", TORCH_BOX(&MbconvBindings<CpuKernels>::backward));
 }
 
 }  // namespace effops

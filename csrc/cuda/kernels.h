@@ -25,6 +25,8 @@ std::size_t dwconv_stats_bwd_scratch(DType dtype, const DwconvStatsBackwardArgs&
 std::size_t dsconv_bwd_scratch(DType dtype, const DsconvBackwardArgs& args, const Device& device);
 std::size_t bsconv_fwd_scratch(DType dtype, const BsconvForwardArgs& args, const Device& device);
 std::size_t bsconv_bwd_scratch(DType dtype, const BsconvBackwardArgs& args, const Device& device);
+std::size_t mbconv_fwd_scratch(DType dtype, const MbconvForwardArgs& args, const Device& device);
+std::size_t mbconv_bwd_scratch(DType dtype, const MbconvBackwardArgs& args, const Device& device);
 std::size_t se_fwd_scratch(DType dtype, const SeForwardArgs& args, const Device& device);
 std::size_t se_bwd_scratch(DType dtype, const SeBackwardArgs& args, const Device& device);
 
@@ -39,6 +41,9 @@ void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& devic
 
 void bsconv_fwd(DType dtype, const BsconvForwardArgs& args, const Device& device, void* scratch, Stream stream);
 void bsconv_bwd(DType dtype, const BsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
+
+void mbconv_fwd(DType dtype, const MbconvForwardArgs& args, const Device& device, void* scratch, Stream stream);
+void mbconv_bwd(DType dtype, const MbconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
 
 void se_fwd(DType dtype, const SeForwardArgs& args, const Device& device, void* scratch, Stream stream);
 void se_bwd(DType dtype, const SeBackwardArgs& args, const Device& device, void* scratch, Stream stream);

@@ -53,6 +53,16 @@ struct KernelsOn {
     Tensor scratch = new_bytes(input, cuda::bsconv_bwd_scratch(dtype(input), args, on.device()));
     cuda::bsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
   }
+  static void mbconv_fwd(const Tensor& input, const MbconvForwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::mbconv_fwd_scratch(dtype(input), args, on.device()));
+    cuda::mbconv_fwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void mbconv_bwd(const Tensor& input, const MbconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::mbconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::mbconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
   static void se_fwd(const Tensor& input, const SeForwardArgs& args) {
     const Context on(input);
     Tensor scratch = new_bytes(input, cuda::se_fwd_scratch(dtype(input), args, on.device()));
