@@ -47,6 +47,8 @@ REASONS: dict[str, str] = {
     r"forward_(rows_)?kernel<.*, false, \d>$": "the values of any activation with an exponential beside the window's",
     r"(input|weight)_gradient_kernel<.*Window<5, 5": "as the forward's 5x5: 50 taps, or 50 sums, of two channels",
     r"statistics_kernel<": "a thread's moments, in double from its own pixels on, beside the window's sums",
+    r"blur_max_pool_gradient_kernel<.*, 3, 4, \d>$": "fifteen values of each channel, the weights of three windows and "
+    "what they gather",
     "weight_gradient_any_kernel<double": "sums of double take two registers each",
 }
 

@@ -24,7 +24,7 @@ from effops import modules
 ops = torch.ops.effops
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the operator."""
     require_backend(request.param)
@@ -109,7 +109,12 @@ def with_gradient(function: Callable[[Tensor], Tensor], x: Tensor, grad: Tensor)
 
 
 # The reference is torch's own chain: its rounding is torch's, so that float64 tells all.
-RUNS = [("reference", torch.float64), *(("cpp", dtype) for dtype in (torch.float64, torch.float32, torch.bfloat16))]
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+RUNS = [
+    ("reference", torch.float64),
+    *((name, dtype) for name in ("cpp", "cuda") for dtype in DTYPES),
+    ("cuda", torch.float16),
+]
 
 
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
@@ -130,16 +135,19 @@ def test_values_and_gradients(case: PoolCase, name: str, dtype: torch.dtype) -> 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("special", (None, float("nan"), float("inf"), float("-inf")))
-def test_pool_chooses_as_torch_does(special: float | None, layout: str, dtype: torch.dtype, cpp: str) -> None:
+@pytest.mark.parametrize("name", ("cpp", "cuda"))
+def test_pool_chooses_as_torch_does(name: str, special: float | None, layout: str, dtype: torch.dtype) -> None:
     """Ties on small integers, NaNs and infinities side by side: gradients go to the same elements, to the bit."""
+    require_backend(name)
     for case in (
         PoolCase(id="ties", c=21, h=9, w=11, layout=layout, size=1, stride=(1, 1)),
+        PoolCase(id="ties2", c=21, h=9, w=11, layout=layout, size=1, stride=(2, 2)),
         PoolCase(id="ties3", c=21, h=9, w=11, kernel=(3, 3), padding=(1, 1), layout=layout, size=1, stride=(2, 2)),
     ):
         x, grad = make(case, dtype, "exact")
         if special is not None:
             x[torch.rand(x.shape, generator=generator("special")) < 0.3] = special
-        actual = with_gradient(lambda t, c=case: call(t, c, cpp), x, grad)
+        actual = with_gradient(lambda t, c=case: call(t, c, name), x, grad)
         expected = with_gradient(lambda t, c=case: oracle(t, c), x, grad)
         for a, b in zip(actual, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
@@ -237,9 +245,8 @@ def test_explain_and_refusals(cpp: str) -> None:
     x = torch.randn(1, 4, 8, 8)
     (found,) = effops.explain(modules.BlurMaxPool2d(), x).calls
     assert (found.kernel, found.output, found.backend) == ("max pool 2x2 + blur 3x3 stride 2x2", "[1,4,4,4]", cpp)
-    for name in ("triton", "cuda"):
-        with pytest.raises(RuntimeError, match="it has no kernels for blur_max_pool2d"):
-            EF.blur_max_pool2d(x, backend=name)
+    with pytest.raises(RuntimeError, match="it has no kernels for blur_max_pool2d"):
+        EF.blur_max_pool2d(x, backend="triton")
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------

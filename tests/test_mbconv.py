@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ACTIVATIONS, Epi, ids
+from conftest import require_backend
 from helpers import (
     activate,
     as_leaves,
@@ -29,11 +30,16 @@ import effops.functional as EF
 from effops import backends
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "cuda"))
 def mb_backend(request: pytest.FixtureRequest) -> str:
     """The backends with kernels for it, and the reference."""
-    if request.param == "cpp":
-        request.getfixturevalue("cpp")
+    require_backend(request.param)
+    return request.param
+
+
+@pytest.fixture(params=("cpp", "cuda"))
+def kernels(request: pytest.FixtureRequest) -> str:
+    require_backend(request.param)
     return request.param
 
 
@@ -193,6 +199,11 @@ def test_values(case: Case, dtype: torch.dtype, mb_backend: str) -> None:
     assert all(torch.equal(tensors[name], kept[name]) for name in present(tensors))
 
 
+@pytest.mark.parametrize("case", CASES[::3], ids=ids(CASES[::3]))
+def test_values_float16(case: Case, cuda: str) -> None:
+    test_values(case, torch.float16, cuda)
+
+
 def smooth(case: Case) -> Case:
     """Without kinks, at which a rounding more or less would change a gradient."""
     swap = {"relu": "silu", "relu6": "gelu"}
@@ -233,6 +244,12 @@ def test_bfloat16_gradients(name: str, mb_backend: str) -> None:
     check_gradients(smooth(case), torch.bfloat16, mb_backend)
 
 
+@pytest.mark.parametrize("name", ("mobilenet-cl", "se-nchw", "cl_odd_chunk"))
+def test_float16_gradients(name: str, cuda: str) -> None:
+    (case,) = (case for case in CASES if case.id == name)
+    check_gradients(smooth(case), torch.float16, cuda)
+
+
 def check_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
     tensors = make_tensors(case, dtype)
     grad_output = draw(case.out, generator(f"mbconv-{case.id}-grad"), "normal") + 1
@@ -244,7 +261,7 @@ def check_gradients(case: Case, dtype: torch.dtype, backend: str) -> None:
         assert_within_budget(grad, truth[name], yardstick[name], f"{case.id} gradient of {name}")
 
 
-def test_single_gradients(cpp: str) -> None:
+def test_single_gradients(kernels: str) -> None:
     """Each alone: what the kernel then leaves out must not be missed."""
     (with_se,) = (case for case in CASES if case.id == "se-nchw")
     for case in (replace(with_se, n=3), replace(with_se, se=0, n=3)):
@@ -252,7 +269,7 @@ def test_single_gradients(cpp: str) -> None:
         grad_output = draw(case.out, generator("mbconv-single"), "normal")
         _, truth = gradients(lambda t: oracle(t, case), tensors, grad_output)  # noqa: B023
         for name in present(tensors):
-            _, alone = gradients(lambda t: call(t, case, cpp), tensors, grad_output, [name])  # noqa: B023
+            _, alone = gradients(lambda t: call(t, case, kernels), tensors, grad_output, [name])  # noqa: B023
             assert_within_budget(alone[name], truth[name], None, f"gradient of {name} alone")
 
 
@@ -451,7 +468,6 @@ def test_errors(changes: dict, error: type[Exception], message: str) -> None:
     assert str(caught.value) == f"inverted_residual2d: {message}"
 
 
-@pytest.mark.parametrize("name", ("triton", "cuda"))
-def test_a_backend_without_kernels_refuses(name: str) -> None:
+def test_a_backend_without_kernels_refuses() -> None:
     with pytest.raises(RuntimeError, match="it has no kernels for inverted_residual2d"):
-        EF.inverted_residual2d(**arguments(), backend=name)
+        EF.inverted_residual2d(**arguments(), backend="triton")

@@ -1,11 +1,7 @@
 // The operators for the CPU key.
-#include "csrc/bindings/blurmaxpool.h"
-#include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/effnet.h"
-#include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
-#include "csrc/bindings/se.h"
 #include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
 
@@ -67,18 +63,10 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
   library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
-  library.impl("bsconv_fwd", TORCH_BOX(&BsconvBindings<CpuKernels>::forward));
-  library.impl("bsconv_bwd", TORCH_BOX(&BsconvBindings<CpuKernels>::backward));
   library.impl("sepconv_fwd", TORCH_BOX(&SepconvBindings<CpuKernels>::forward));
   library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
-  library.impl("blur_max_pool_fwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::forward));
-  library.impl("blur_max_pool_bwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::backward));
   library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
   library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
-  library.impl("se_fwd", TORCH_BOX(&SeBindings<CpuKernels>::forward));
-  library.impl("se_bwd", TORCH_BOX(&SeBindings<CpuKernels>::backward));
-  library.impl("mbconv_fwd", TORCH_BOX(&MbconvBindings<CpuKernels>::forward));
-  library.impl("mbconv_bwd", TORCH_BOX(&MbconvBindings<CpuKernels>::backward));
   library.impl("effnet_fwd", TORCH_BOX(&EffnetBindings<CpuKernels>::forward));
 }
 

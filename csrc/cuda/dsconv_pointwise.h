@@ -188,6 +188,49 @@ class PointwiseSums {
   const int k_;
 };
 
+// ---- the output ----
+
+template <class T>
+struct Output {
+  Map<T> y;  // K channels
+  EpilogueRef epilogue;
+  Meeting meeting;
+};
+
+template <int V, int N, class T>
+EFFOPS_DEVICE void write_columns(const Layer<T>& layer, const Output<T>& output, const Tables& tables,
+                                 const Origin& origin, int first, const compute<T>* affine, const compute<T>* tile) {
+  using C = compute<T>;
+  const TensorRef& ref = output.epilogue.residual;
+  const Map<const T> residual{static_cast<const T*>(ref.data), ref.n, ref.c, ref.h, ref.w};
+  const int pitch = tile_pitch(N, output.meeting.by_pixel);
+  walk_tile<V, N>(output.meeting.by_pixel, [&](int slot, int column) {
+    const Pixel pixel = pixel_of(layer, tables, origin, slot);
+    const int k = first + column;
+    if (!pixel.inside || k >= layer.K) return;
+    C v[V];
+    load_channels<V>(tile + slot * pitch + column, v);
+    finish_sums<V>(output.epilogue, affine + column, N, v, [&](C(&sum)[V]) {
+      C added[V];
+      load_channels<V>(residual.at(pixel.n, k, pixel.p, pixel.q), added);
+      EFFOPS_UNROLL
+      for (int j = 0; j < V; ++j) sum[j] += added[j];
+    });
+    store_channels<V>(output.y.at(pixel.n, k, pixel.p, pixel.q), v);
+  });
+}
+
+// A tile of N columns of sums, from output channel `first` on, through the epilogue to memory. affine: copy_affine's.
+template <int N, class T>
+EFFOPS_DEVICE void write_output(const Layer<T>& layer, const Output<T>& output, const Tables& tables,
+                                const Origin& origin, int first, const compute<T>* affine, const compute<T>* tile) {
+  if (output.meeting.vector) {
+    write_columns<kVector<T>, N>(layer, output, tables, origin, first, affine, tile);
+  } else {
+    write_columns<1, N>(layer, output, tables, origin, first, affine, tile);
+  }
+}
+
 // ---- host ----
 
 template <class T>
@@ -230,6 +273,12 @@ Meeting meeting_of(index_t channels, std::initializer_list<TensorRef> maps) {
     by_pixel = by_pixel || map.c > map.w;
   }
   return {vector, by_pixel && !vector};
+}
+
+template <class T>
+Output<T> output_of(const DsconvForwardArgs& args) {
+  const TensorRef y = from_channel<T>(args.output, args.keep);
+  return {map_of<T>(y), args.pw_epilogue, meeting_of<T>(args.K, {y, args.pw_epilogue.residual})};
 }
 
 inline index_t pixels_of(const DepthwiseGeometry& g) { return g.N * g.P * g.Q; }

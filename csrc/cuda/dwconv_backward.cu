@@ -21,6 +21,7 @@
 // [128, 512, 14, 14]: 77 MB, 18 us. Unverified on a GPU.
 #include "csrc/cuda/dwconv.h"
 #include "csrc/cuda/dwconv_tile.h"
+#include "csrc/cuda/scratch.h"
 
 namespace effops::cuda {
 namespace {
@@ -274,25 +275,6 @@ struct EpilogueGradientJob {
   }
 };
 
-// Pieces of the caller's scratch, one after the other. To learn how many bytes they are, any aligned address will do:
-// what is chosen by addresses is then chosen the same way.
-class Scratch {
- public:
-  static constexpr std::uintptr_t kAlignment = 256;
-  explicit Scratch(const void* data) : base_(reinterpret_cast<std::uintptr_t>(data)) {}
-  static Scratch counting() { return Scratch(reinterpret_cast<const void*>(kAlignment)); }
-  void* take(std::size_t bytes) {
-    const std::uintptr_t place = base_ + used_;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
-    return reinterpret_cast<void*>(place);
-  }
-  std::size_t used() const { return used_; }
-
- private:
-  std::uintptr_t base_;
-  std::size_t used_ = 0;
-};
-
 // A map [N, D, P, Q] in scratch, in the order of `like`.
 TensorRef scratch_map(Scratch& scratch, const DepthwiseGeometry& g, const TensorRef& like, std::size_t element) {
   const index_t channels = g.out_channels(), pixels = g.P * g.Q;
@@ -300,14 +282,6 @@ TensorRef scratch_map(Scratch& scratch, const DepthwiseGeometry& g, const Tensor
   if (channels_inside(like)) return {data, pixels * channels, 1, g.Q * channels, channels};
   return {data, channels * pixels, pixels, g.Q, 1};
 }
-
-// Where a backward pass runs; `launching` false: nothing is launched, the bytes of scratch are counted.
-struct Run {
-  const Device& device;
-  Scratch scratch;
-  Stream stream;
-  bool launching;
-};
 
 // What follows from du.
 void from_sums(DType dtype, const DepthwiseGeometry& g, const Gradient& du, const TensorRef& input, const void* weight,
@@ -377,9 +351,8 @@ void statistics_backward(const DwconvStatsBackwardArgs& args, Run& run) {
 }  // namespace
 
 std::size_t dwconv_bwd_scratch(DType dtype, const DwconvBackwardArgs& args, const Device& device) {
-  Run run{device, Scratch::counting(), nullptr, false};
-  with_type(dtype, [&](auto element) { backward<decltype(element)>(args, run); });
-  return run.scratch.used();
+  return count_scratch(
+      device, [&](Run& run) { with_type(dtype, [&](auto element) { backward<decltype(element)>(args, run); }); });
 }
 
 void dwconv_bwd(DType dtype, const DwconvBackwardArgs& args, const Device& device, void* scratch, Stream stream) {
@@ -388,9 +361,9 @@ void dwconv_bwd(DType dtype, const DwconvBackwardArgs& args, const Device& devic
 }
 
 std::size_t dwconv_stats_bwd_scratch(DType dtype, const DwconvStatsBackwardArgs& args, const Device& device) {
-  Run run{device, Scratch::counting(), nullptr, false};
-  with_type(dtype, [&](auto element) { statistics_backward<decltype(element)>(args, run); });
-  return run.scratch.used();
+  return count_scratch(device, [&](Run& run) {
+    with_type(dtype, [&](auto element) { statistics_backward<decltype(element)>(args, run); });
+  });
 }
 
 void dwconv_stats_bwd(DType dtype, const DwconvStatsBackwardArgs& args, const Device& device, void* scratch,

@@ -2,7 +2,8 @@
 //
 //   sums[m][n] += sum over d of A(m, d) * B(n, d)         m < M, n < N, d < DEPTH
 //
-// BlockProduct<T, TF32, M, N> is one of these, with one interface (clear, add, store):
+// BlockProduct<T, TF32, M, N> is one of these, with one interface (clear, add, store; sum, row_of and column_of of a
+// thread's kSums sums, of which kTogether at a time stand in columns side by side):
 //
 //   TensorProduct<Fragments16>     half types: mma m16n8k16, operands by ldmatrix, float sums
 //   TensorProduct<FragmentsTf32>   float rounded to TF32 where that is allowed: mma m16n8k8
@@ -127,6 +128,11 @@ class TensorProduct {
   static constexpr int kTilesM = Grid::kM / 16, kTilesN = Grid::kN / 8;
 
  public:
+  static constexpr int kSums = kTilesM * kTilesN * 4, kTogether = 2;
+  EFFOPS_DEVICE float sum(int i) const { return sums_[i / 4 / kTilesN][i / 4 % kTilesN][i % 4]; }
+  EFFOPS_DEVICE static int row_of(int i) { return Grid::row() + i / 4 / kTilesN * 16 + lane() / 4 + i % 4 / 2 * 8; }
+  EFFOPS_DEVICE static int column_of(int i) { return Grid::column() + i / 4 % kTilesN * 8 + lane() % 4 * 2 + i % 2; }
+
   EFFOPS_DEVICE void clear() {
     EFFOPS_UNROLL
     for (int i = 0; i < kTilesM; ++i) {
@@ -159,8 +165,7 @@ class TensorProduct {
   }
 
   EFFOPS_DEVICE void store(float* tile, int pitch) const {
-    const int lane = threadIdx.x % 32;
-    float* to = tile + (Grid::row() + lane / 4) * pitch + Grid::column() + lane % 4 * 2;
+    float* to = tile + (Grid::row() + lane() / 4) * pitch + Grid::column() + lane() % 4 * 2;
     EFFOPS_UNROLL
     for (int i = 0; i < kTilesM; ++i) {
       EFFOPS_UNROLL
@@ -172,6 +177,8 @@ class TensorProduct {
   }
 
  private:
+  EFFOPS_DEVICE static int lane() { return static_cast<int>(threadIdx.x) % 32; }
+
   float sums_[kTilesM][kTilesN][4];
 };
 
@@ -181,6 +188,11 @@ class FmaProduct {
   static constexpr int kRows = M / 16, kColumns = N / 16;
 
  public:
+  static constexpr int kSums = kRows * kColumns, kTogether = 1;
+  EFFOPS_DEVICE T sum(int i) const { return sums_[i / kColumns][i % kColumns]; }
+  EFFOPS_DEVICE static int row_of(int i) { return y() + i / kColumns * 16; }
+  EFFOPS_DEVICE static int column_of(int i) { return x() + i % kColumns * 16; }
+
   EFFOPS_DEVICE void clear() {
     EFFOPS_UNROLL
     for (int i = 0; i < kRows; ++i) {

@@ -23,6 +23,12 @@ std::size_t dwconv_bwd_scratch(DType dtype, const DwconvBackwardArgs& args, cons
 std::size_t dwconv_stats_scratch(DType dtype, const DwconvStatsArgs& args, const Device& device);
 std::size_t dwconv_stats_bwd_scratch(DType dtype, const DwconvStatsBackwardArgs& args, const Device& device);
 std::size_t dsconv_bwd_scratch(DType dtype, const DsconvBackwardArgs& args, const Device& device);
+std::size_t bsconv_fwd_scratch(DType dtype, const BsconvForwardArgs& args, const Device& device);
+std::size_t bsconv_bwd_scratch(DType dtype, const BsconvBackwardArgs& args, const Device& device);
+std::size_t mbconv_fwd_scratch(DType dtype, const MbconvForwardArgs& args, const Device& device);
+std::size_t mbconv_bwd_scratch(DType dtype, const MbconvBackwardArgs& args, const Device& device);
+std::size_t se_fwd_scratch(DType dtype, const SeForwardArgs& args, const Device& device);
+std::size_t se_bwd_scratch(DType dtype, const SeBackwardArgs& args, const Device& device);
 
 void dwconv_fwd(DType dtype, const DwconvForwardArgs& args, const Device& device, Stream stream);
 void dwconv_bwd(DType dtype, const DwconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
@@ -32,5 +38,17 @@ void dwconv_stats_bwd(DType dtype, const DwconvStatsBackwardArgs& args, const De
 
 void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream);
 void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
+
+void bsconv_fwd(DType dtype, const BsconvForwardArgs& args, const Device& device, void* scratch, Stream stream);
+void bsconv_bwd(DType dtype, const BsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
+
+void mbconv_fwd(DType dtype, const MbconvForwardArgs& args, const Device& device, void* scratch, Stream stream);
+void mbconv_bwd(DType dtype, const MbconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
+
+void se_fwd(DType dtype, const SeForwardArgs& args, const Device& device, void* scratch, Stream stream);
+void se_bwd(DType dtype, const SeBackwardArgs& args, const Device& device, void* scratch, Stream stream);
+
+void blur_max_pool_fwd(DType dtype, const BlurMaxPoolArgs& args, const Device& device, Stream stream);
+void blur_max_pool_bwd(DType dtype, const BlurMaxPoolArgs& args, const Device& device, Stream stream);
 
 }  // namespace effops::cuda

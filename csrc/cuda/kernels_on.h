@@ -43,6 +43,44 @@ struct KernelsOn {
     Tensor scratch = new_bytes(input, cuda::dsconv_bwd_scratch(dtype(input), args, on.device()));
     cuda::dsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
   }
+  static void bsconv_fwd(const Tensor& input, const BsconvForwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::bsconv_fwd_scratch(dtype(input), args, on.device()));
+    cuda::bsconv_fwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void bsconv_bwd(const Tensor& input, const BsconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::bsconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::bsconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void mbconv_fwd(const Tensor& input, const MbconvForwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::mbconv_fwd_scratch(dtype(input), args, on.device()));
+    cuda::mbconv_fwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void mbconv_bwd(const Tensor& input, const MbconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::mbconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::mbconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void se_fwd(const Tensor& input, const SeForwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::se_fwd_scratch(dtype(input), args, on.device()));
+    cuda::se_fwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void se_bwd(const Tensor& input, const SeBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::se_bwd_scratch(dtype(input), args, on.device()));
+    cuda::se_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
+  static void blur_max_pool_fwd(const Tensor& input, const BlurMaxPoolArgs& args) {
+    const Context on(input);
+    cuda::blur_max_pool_fwd(dtype(input), args, on.device(), on.stream());
+  }
+  static void blur_max_pool_bwd(const Tensor& input, const BlurMaxPoolArgs& args) {
+    const Context on(input);
+    cuda::blur_max_pool_bwd(dtype(input), args, on.device(), on.stream());
+  }
 };
 
 }  // namespace effops
