@@ -3,7 +3,6 @@
 #include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
-#include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
 
 namespace effops {
@@ -65,8 +64,6 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
   library.impl("bsconv_fwd", TORCH_BOX(&BsconvBindings<CpuKernels>::forward));
   library.impl("bsconv_bwd", TORCH_BOX(&BsconvBindings<CpuKernels>::backward));
-  library.impl("sepconv_fwd", TORCH_BOX(&SepconvBindings<CpuKernels>::forward));
-  library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
   library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
   library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
   library.impl("mbconv_fwd", TORCH_BOX(&MbconvBindings<CpuKernels>::forward));

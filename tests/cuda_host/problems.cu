@@ -16,6 +16,7 @@
 #include "tests/cuda_host/problems_dsconv.h"
 #include "tests/cuda_host/problems_dwconv.h"
 #include "tests/cuda_host/problems_se.h"
+#include "tests/cuda_host/problems_sepconv.h"
 
 extern "C" const char __executable_start;  // the linker's: where the program lies in memory
 
@@ -34,6 +35,7 @@ void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_dsconv(sizes, visit);
   visit_se(sizes, visit);
   visit_blurmaxpool(sizes, visit);
+  visit_sepconv(sizes, visit);
 }
 
 void record_launches() {
