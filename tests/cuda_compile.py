@@ -49,6 +49,9 @@ REASONS: dict[str, str] = {
     r"statistics_kernel<": "a thread's moments, in double from its own pixels on, beside the window's sums",
     r"blur_max_pool_gradient_kernel<.*, 3, 4, \d>$": "fifteen values of each channel, the weights of three windows and "
     "what they gather",
+    r"separable_kernel<.*, 2, \d, (true|false), 3>$": "two channels' taps of both stages, open sums and the values of "
+    "any activation with an exponential",
+    r"(separable_any|stage_gradient)_kernel<double": "two registers a value",
     "weight_gradient_any_kernel<double": "sums of double take two registers each",
 }
 

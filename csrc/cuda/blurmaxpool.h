@@ -27,8 +27,9 @@ struct BlurAxis {
   int length, outputs, stride;  // length: of the pooled map
 };
 
+constexpr unsigned kByte = 8, kLastByte = 7;  // a size is 7 at most, so that the last byte is 0
 struct Blur {
-  std::uint64_t coefficients;  // the binomial ones, a byte each
+  std::uint64_t coefficients;  // the binomial ones, a byte each; zeros behind them
   float share;                 // 1 / their sum, a power of two
   int size;
   bool reflect;
@@ -45,7 +46,6 @@ inline PoolSizes pool_sizes(const BlurMaxPoolArgs& a) {
 }
 
 inline Blur blur_of(const BlurMaxPoolArgs& a) {
-  constexpr int kByte = 8;
   std::uint64_t coefficients = 1;  // of size 1; each row of Pascal's triangle is the last one and its shift: no carries
   for (index_t n = 1; n < a.size; ++n) coefficients += coefficients << kByte;
   return {
@@ -63,20 +63,13 @@ Access access_of(const BlurMaxPoolArgs& a) {
   return access;
 }
 
-// ---- the max pool ----
-
-// torch's: the first of equal values, the last NaN.
-template <class C>
-EFFOPS_DEVICE bool takes_second(C first, C second) {
-  return second > first || second != second;
-}
-
 // ---- the blur ----
 
 template <class C>
 EFFOPS_DEVICE C blur_tap(const Blur& blur, int tap) {
-  if (!inside(tap, blur.size)) return C(0);
-  return static_cast<C>(static_cast<unsigned>(blur.coefficients >> (8 * tap)) & 0xffu) * static_cast<C>(blur.share);
+  const unsigned place = static_cast<unsigned>(tap), byte = place < kLastByte ? place : kLastByte;
+  return static_cast<C>(static_cast<unsigned>(blur.coefficients >> (kByte * byte)) & 0xffu) *
+         static_cast<C>(blur.share);
 }
 
 template <class C>
