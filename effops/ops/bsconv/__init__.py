@@ -10,12 +10,23 @@ from effops.ops.bsconv import reference
 from effops.ops.dwconv import kernel_gradients
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, packets, register_fake
+from effops.ops.registration import (
+    Kernels,
+    fake_gradients,
+    fake_output,
+    kernels_of,
+    packets,
+    register_fake,
+    triton_kernels,
+)
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
-KERNELS = {"cpp": Kernels(_ops.bsconv_fwd.default, _ops.bsconv_bwd.default)}
+KERNELS = {
+    "triton": triton_kernels("bsconv", "bsconv_fwd", "bsconv_bwd"),
+    "cpp": Kernels(_ops.bsconv_fwd.default, _ops.bsconv_bwd.default),
+}
 
 # Positions among the 13 tensors of the operator.
 _TENSORS, _RESIDUAL = 13, 12
@@ -73,7 +84,7 @@ class BSConv2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 14 ints of `effops/schemas.inc`.
         slopes: [pointwise slope, depthwise slope].
-        backend: name of the backend whose kernels run, forward and backward ("cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cpp").
 
     Returns:
         [N,K,P,Q].
