@@ -31,9 +31,9 @@ class Config(NamedTuple):
 # device: the halo grows, but waiting processors would be worse.
 _FORWARD = {
     "half": {128: (64, 64, 32, 8), 64: (64, 64, 32, 4), 32: (64, 64, 32, 4), 16: (32, 64, 32, 4)},
-    "tf32": {128: (64, 32, 32, 8), 64: (64, 32, 32, 8), 32: (32, 32, 32, 4), 16: (32, 32, 32, 4)},
+    "tf32": {64: (64, 32, 32, 8), 32: (32, 32, 32, 4), 16: (32, 32, 32, 4)},
     "ieee": {64: (32, 32, 32, 8), 32: (32, 32, 32, 4), 16: (32, 32, 32, 4)},
-    "double": {32: (32, 16, 16, 4), 16: (16, 16, 16, 4)},
+    "double": {32: (32, 16, 16, 8), 16: (16, 16, 16, 4)},
 }
 _INTERPRETED = (Config(64, 32, 32, 4), 32)
 
@@ -55,13 +55,14 @@ def forward_config(x: Tensor, sizes: Sizes, channels: int, vec: int) -> tuple[Co
     Args:
         channels: the most that a product sums over.
         vec: how many channels an access to the maps takes. Where it is one, the addresses need the registers of the
-            largest patch.
+            largest patch, and the others twice the threads.
     """
     if L.INTERPRETED:
         return _INTERPRETED
     for pixels, (block_x, block_c, block_e, warps) in _FORWARD[kind_of(x)].items():
         if vec == 1 and pixels > 64:
             continue
+        warps = 8 if vec == 1 and pixels == 64 else warps
         config = Config(block_x, min(block_c, max(triton.next_power_of_2(channels), 16)), block_e, warps)
         if triton.cdiv(sizes.M, pixels) * triton.cdiv(sizes.D, block_e) >= L.processors(x):
             break
