@@ -26,8 +26,8 @@ class Config(NamedTuple):
     maxnreg: int = 255
 
 
-# Pixels of a patch: (BLOCK_X, BLOCK_C, BLOCK_E, warps), in order of preference. A thread has 16 elements of the
-# depthwise tile, and a row of taps of each in flight. Fewer pixels where the patches of a map would not fill the
+# Pixels of a patch: (BLOCK_X, BLOCK_C, BLOCK_E, warps), in order of preference. A thread has 16 elements at most
+# of the depthwise tile, and a row of taps of each in flight. Fewer pixels where the patches of a map would not fill the
 # device: the halo grows, but waiting processors would be worse.
 _FORWARD = {
     "half": {128: (64, 64, 32, 8), 64: (64, 64, 32, 4), 32: (64, 64, 32, 4), 16: (32, 64, 32, 4)},
