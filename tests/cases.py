@@ -261,9 +261,9 @@ BS_CASES = [
     BsCase(id="k3s1-c112-40-14x14", c=112, k=40, n=1, h=14, w=14, layout="channels_last", epi=_MOBILE),
     # Bands, rings and their wrapping; several panels, the last of another width.
     BsCase(id="k3s1-c20-130-64x40-cl", n=1, c=20, k=130, h=64, w=40, layout="channels_last", pw=_NORM,
-           epi=Epi(bias=True)),
+           epi=Epi(bias=True), interpreted=(12, 17)),
     BsCase(id="k5s2-c12-72-63x33-nchw", n=3, c=12, k=72, h=63, w=33, kernel=(5, 5), stride=(2, 2),
-           padding=(2, 2, 2, 2), m=4, mid=_NORM, epi=Epi(bias=True, activation="silu")),
+           padding=(2, 2, 2, 2), m=4, mid=_NORM, epi=Epi(bias=True, activation="silu"), interpreted=(17, 13)),
     BsCase(id="k3s3-c16-24", c=16, k=24, h=11, w=13, stride=(3, 3), layout="channels_last"),
     BsCase(id="k3s12-c8-stride_pair-subspace", c=8, k=12, stride=(1, 2), m=3, pw=Epi(shift=True)),
     BsCase(id="k3d2-c16-24-dilated", c=16, k=24, h=12, w=11, dilation=(2, 2), padding=(2, 2, 2, 2),

@@ -103,15 +103,20 @@ def why_not_interpreted(node: pytest.Item) -> str | None:
     return None
 
 
+def require_share(name: str, node: pytest.Item) -> str:
+    """`require_backend`, and skips what is left out where kernels are interpreted; returns the name."""
+    require_backend(name)
+    if interpreted(name) and os.environ.get("EFFOPS_INTERPRET_ALL") != "1":
+        reason = why_not_interpreted(node)
+        if reason:
+            pytest.skip(f"interpreted kernels: {reason}; EFFOPS_INTERPRET_ALL=1 (make test-all) runs it")
+    return name
+
+
 @pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     """The name of every backend in turn; the Triton kernels are interpreted where there is no GPU."""
-    require_backend(request.param)
-    if interpreted(request.param) and os.environ.get("EFFOPS_INTERPRET_ALL") != "1":
-        reason = why_not_interpreted(request.node)
-        if reason:
-            pytest.skip(f"interpreted kernels: {reason}; EFFOPS_INTERPRET_ALL=1 (make test-all) runs it")
-    return request.param
+    return require_share(request.param, request.node)
 
 
 @pytest.fixture

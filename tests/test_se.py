@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require_backend
+from conftest import require_share
 from helpers import (
     activate,
     as_leaves,
@@ -17,6 +17,7 @@ from helpers import (
     draw,
     generator,
     gradients,
+    interpreted,
     lay_out,
     memory_format_of,
     present,
@@ -29,14 +30,13 @@ import effops
 import effops.functional as EF
 from effops import stock
 
-BACKENDS = ("reference", "cpp", "cuda")
+BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 
 @pytest.fixture(params=BACKENDS)
 def se_backend(request: pytest.FixtureRequest) -> str:
     """The backends with kernels for it, and the reference."""
-    require_backend(request.param)
-    return request.param
+    return require_share(request.param, request.node)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,11 +117,14 @@ DTYPED = [(name, dtype) for name in CASES for dtype in (torch.float64, torch.flo
           if (name, dtype) != ("c1-1x1", torch.bfloat16)]  # fmt: skip
 
 
-
-
 @pytest.mark.parametrize(("name", "dtype"), DTYPED, ids=str)
 def test_values_and_gradients(name: str, dtype: torch.dtype, se_backend: str) -> None:
     check_values_and_gradients(CASES[name], dtype, se_backend)
+
+
+@pytest.mark.parametrize("name", ("odd_c-nchw", "cl_chunk", "batch0"))
+def test_float16_in_triton(name: str, triton: str) -> None:
+    check_values_and_gradients(CASES[name], torch.float16, triton)
 
 
 @pytest.mark.parametrize("name", [name for name in CASES if name != "c1-1x1"])
@@ -135,7 +138,22 @@ def test_gradcheck(gate: str, check, se_backend: str) -> None:
     gen = generator("se-gradcheck")
     shapes = ((2, 3, 2, 3), (2, 3, 1, 1), (2,), (3, 2, 1, 1), (3,))
     leaves = [draw(shape, gen, "normal").requires_grad_() for shape in shapes]
-    assert check(lambda *t: EF.squeeze_excite2d(*t, activation="silu", gate=gate, backend=se_backend), leaves)
+
+    def function(*tensors: Tensor) -> Tensor:
+        return EF.squeeze_excite2d(*tensors, activation="silu", gate=gate, backend=se_backend)
+
+    assert check(function, leaves, fast_mode=interpreted(se_backend))  # as in test_gradcheck.py
+
+
+def test_every_mask(triton: str) -> None:
+    """Gradients come in schema order, only those asked for, the same whatever else is asked for."""
+    tensors = tensors_of("odd_c-nchw", torch.float64)
+    arguments = (torch.ones_like(tensors["input"]), *tensors.values(), [0, 4, 7])
+    every = torch.ops.effops.se_bwd_triton(*arguments, 0b11111)
+    for mask in (0, 0b00001, 0b00010, 0b00100, 0b01000, 0b10000, 0b10101):
+        found = torch.ops.effops.se_bwd_triton(*arguments, mask)
+        expected = [grad for bit, grad in enumerate(every) if mask >> bit & 1]
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected))
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
@@ -202,12 +220,6 @@ def test_errors(changes: dict, error: type[Exception], message: str) -> None:
     with pytest.raises(error) as caught:
         EF.squeeze_excite2d(**weights(**changes))
     assert str(caught.value) == f"squeeze_excite2d: {message}"
-
-
-@pytest.mark.parametrize("name", ("triton",))
-def test_a_backend_without_kernels_refuses(name: str) -> None:
-    with pytest.raises(RuntimeError, match="it has no kernels for squeeze_excite2d"):
-        EF.squeeze_excite2d(**weights(), backend=name)
 
 
 def test_raw_operator_raises(cpp: str) -> None:

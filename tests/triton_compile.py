@@ -312,7 +312,7 @@ def vector_width(constants: dict[str, Any]) -> int:
 
     With a channel multiplier neighbouring output channels read the same input channel, one by one.
     """
-    if "WINDOW" in constants and constants["WINDOW"].MULT > 1:
+    if constants.get("WINDOW") and constants["WINDOW"].MULT > 1:
         return 1
     vec = constants.get("VEC", 1)
     return max(vec) if isinstance(vec, tuple) else vec

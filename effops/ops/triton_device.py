@@ -168,6 +168,12 @@ def slope_from_output(y, CODE: tl.constexpr, SLOPE: tl.constexpr):
         return activation_slope(y, CODE, SLOPE)
 
 
+@triton.jit
+def takes_second(first, second):
+    """Whether torch's max pool takes the second of two values: it keeps the first of equal ones, and the last NaN."""
+    return (second > first) | (second != second)
+
+
 # ---- addresses and accesses -----------------------------------------------------------------------------------------
 
 
@@ -441,6 +447,19 @@ def cells_of(m, sizes, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
+def own_cells(
+    sizes, cells, ROWS: tl.constexpr, COLS: tl.constexpr,
+    WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """First pixels (n, p, q) of this program's cells, which cells exist, its channels, which exist."""
+    channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
+    m = block_of(tl.program_id(0) // channel_blocks, BLOCK_M, WIDE)
+    n, p, q = cells_of(m, sizes, ROWS, COLS)
+    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
+    return n, p, q, m < cells, o, live
+
+
+@triton.jit
 def put(values, INDEX: tl.constexpr, value):
     """The tuple with one element replaced."""
     return values[:INDEX] + (value,) + values[INDEX + 1 :]
@@ -456,7 +475,7 @@ def zero_tiles(COUNT: tl.constexpr, M: tl.constexpr, C: tl.constexpr, ACC: tl.co
 
 
 @triton.jit
-def _add_tap(
+def add_tap(
     u, INDEX: tl.constexpr, value, weight, o, live, TAP: tl.constexpr, sizes, WINDOW: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
     """u with value * tap TAP added to the tile INDEX; unchanged where TAP is -1."""
@@ -494,7 +513,7 @@ def add_window(
             for i in tl.static_range(ROWS):
                 for j in tl.static_range(COLS):
                     # Several rows take the same tap: the compiler loads it once.
-                    u = _add_tap(
+                    u = add_tap(
                         u, i * COLS + j, value, weight, o, live,
                         tap_between(i, j, dy, dx, ROWS, COLS, WINDOW, BACKWARD), sizes, WINDOW, VEC,
                     )  # fmt: skip

@@ -85,13 +85,13 @@ def vector_width(maps: Iterable[Tensor | None], channels: Iterable[int]) -> int:
     return common
 
 
-def needs_wide(maps: Iterable[Tensor | None], sizes: Sizes, window: Window) -> bool:
-    """Whether an index or an offset of the kernels passes 31 bits."""
-    reach = max(
-        sizes.M + 2**16,  # the last block overshoots
-        sizes.P * window.SH + window.R * window.DH,
-        sizes.Q * window.SW + window.S * window.DW,
-    )
+def needs_wide(maps: Iterable[Tensor | None], sizes: Sizes, window: Window | None) -> bool:
+    """Whether an index or an offset of the kernels passes 31 bits; without a window no pixel reads others."""
+    reach = sizes.M + 2**16  # the last block overshoots
+    if window is not None:
+        reach = max(
+            reach, sizes.P * window.SH + window.R * window.DH, sizes.Q * window.SW + window.S * window.DW
+        )  # fmt: skip
     for x in maps:
         if x is not None:
             last = sum((size - 1) * abs(stride) for size, stride in zip(x.shape, x.stride(), strict=True))

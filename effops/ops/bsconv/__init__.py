@@ -18,12 +18,14 @@ from effops.ops.registration import (
     kernels_of,
     packets,
     register_fake,
+    triton_kernels,
 )
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
+    "triton": triton_kernels("bsconv", "bsconv_fwd", "bsconv_bwd"),
     "cuda": cuda_kernels("bsconv_fwd", "bsconv_bwd"),
     "cpp": Kernels(_ops.bsconv_fwd.default, _ops.bsconv_bwd.default),
 }
@@ -84,7 +86,7 @@ class BSConv2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 14 ints of `effops/schemas.inc`.
         slopes: [pointwise slope, depthwise slope].
-        backend: name of the backend whose kernels run, forward and backward ("cuda", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,K,P,Q].

@@ -26,6 +26,8 @@ matrix's     BLOCK_K x BLOCK_C sums of du^T z over a range of pixels, z anew; pa
 gradient     are as few as give every processor two programs, 8.7 MB of sums at 128 -> 128 channels.
 input's and  those of room dwconv, on the gradient at the depthwise sums.
 taps'
+pointwise    `pointwise_forward` and `pointwise_backward`: the same kernels where all channels pass, for other rooms.
+             Compiled without a window, they have nothing of the depthwise part in them.
 
 Calculated for fp16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 790 TFLOP/s):
              128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dot 17 us. The nine loads take
@@ -163,35 +165,48 @@ def _depthwise_result(
 
 
 @triton.jit
+def _gated(z, gates, n, inside, c, live, CHANNELS, VEC: tl.constexpr):
+    """z[pixel, c] * gates[n, c], rounded to z's dtype."""
+    row = tl.multiple_of(n * (CHANNELS // VEC * VEC), VEC)
+    gate = tl.load(gates + (row[:, None] + c[None, :]), mask=inside[:, None] & live[None, :], other=0.0)
+    acc: tl.constexpr = accumulator(z.dtype)
+    return (z.to(acc) * gate.to(acc)).to(z.dtype)
+
+
+@triton.jit
 def _pointwise_sums(
-    x, bank, dw_affine, dw_residual, passed, pw, kept, keeping, n, p, q, inside, k, sizes,
+    x, bank, dw_affine, dw_residual, passed, gates, pw, kept, keeping, n, p, q, inside, k, sizes,
     WINDOW: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """sum over c of z[pixel, c] * matrix[k, c], z computed a block of channels at a time.
 
-    Pixels in the mask `keeping` store their kept channels.
+    Pixels in the mask `keeping` store their kept channels. Passed channels are multiplied by `gates` [N, channels],
+    contiguous, where there are some. Without a WINDOW there are only passed channels.
     """
-    acc = tl.zeros((n.shape[0], k.shape[0]), accumulator(x.data.dtype.element_ty))
+    acc = tl.zeros((n.shape[0], k.shape[0]), accumulator(pw.data.dtype.element_ty))
     if passed.data is not None:
         for block in range(tl.cdiv(pw.PASSED, BLOCK_C)):
             c, live = channels_of(block, pw.PASSED, BLOCK_C, WIDE, VEC.C)
             z = load_tile(passed, n, p, q, c, inside[:, None] & live[None, :], VEC.C)
+            if gates is not None:
+                z = _gated(z, gates, n, inside, c, live, pw.PASSED, VEC.C)
             if kept is not None:
                 pointers, is_kept = _kept_pointers(kept, n, p, q, c, VEC.KEPT)
                 tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
             w = tl.trans(_matrix_tile(pw, k, c, 0, pw.PASSED, VEC.MATRIX))
             acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
-    for block in range(tl.cdiv(sizes.D, BLOCK_C)):
-        c, live = channels_of(block, sizes.D, BLOCK_C, WIDE, VEC.C)
-        z = _depthwise_result(
-            x, bank, dw_affine, dw_residual, n, p, q, inside, c, live, sizes, WINDOW, CHAIN, VEC.C
-        )  # fmt: skip
-        if kept is not None:
-            pointers, is_kept = _kept_pointers(kept, n, p, q, pw.PASSED + c, VEC.KEPT)
-            tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
-        w = tl.trans(_matrix_tile(pw, k, c, pw.PASSED, sizes.D, VEC.MATRIX))
-        acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+    if WINDOW is not None:
+        for block in range(tl.cdiv(sizes.D, BLOCK_C)):
+            c, live = channels_of(block, sizes.D, BLOCK_C, WIDE, VEC.C)
+            z = _depthwise_result(
+                x, bank, dw_affine, dw_residual, n, p, q, inside, c, live, sizes, WINDOW, CHAIN, VEC.C
+            )  # fmt: skip
+            if kept is not None:
+                pointers, is_kept = _kept_pointers(kept, n, p, q, pw.PASSED + c, VEC.KEPT)
+                tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
+            w = tl.trans(_matrix_tile(pw, k, c, pw.PASSED, sizes.D, VEC.MATRIX))
+            acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
 
@@ -200,14 +215,14 @@ def _pointwise_sums(
 
 @triton.jit
 def _forward_kernel(
-    x, bank, dw_affine, dw_residual, passed, pw, affine, residual, y, kept, sizes,
+    x, bank, dw_affine, dw_residual, passed, pw, affine, residual, y, kept, gates, sizes,
     WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     STRIP: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     _, k_block, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     keeping = tl.where(k_block == 0, inside, False)  # `inside & (k_block == 0)` is no mask to 3.9's interpreter
     acc = _pointwise_sums(
-        x, bank, dw_affine, dw_residual, passed, pw, kept, keeping, n, p, q, inside, k, sizes,
+        x, bank, dw_affine, dw_residual, passed, gates, pw, kept, keeping, n, p, q, inside, k, sizes,
         WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
     )  # fmt: skip
     mask = inside[:, None] & live[None, :]
@@ -240,13 +255,13 @@ def _output_gradient_kernel(
     u = None
     if RECOMPUTE:
         u = _pointwise_sums(
-            x, bank, dw_affine, dw_residual, passed, pw, None, inside, n, p, q, inside, k, sizes,
+            x, bank, dw_affine, dw_residual, passed, None, pw, None, inside, n, p, q, inside, k, sizes,
             WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
         )  # fmt: skip
     added = None
     if residual.data is not None:
         added = load_tile(residual, n, p, q, k, mask, VEC.K)
-    g = load_tile(grad, n, p, q, k, mask, VEC.K).to(accumulator(x.data.dtype.element_ty))
+    g = load_tile(grad, n, p, q, k, mask, VEC.K).to(accumulator(pw.data.dtype.element_ty))
     if output.data is not None:
         y = load_tile(output, n, p, q, k, mask, VEC.K).to(g.dtype)
         g *= slope_from_output(y, CHAIN.ACT, CHAIN.SLOPE)
@@ -331,7 +346,7 @@ def _matrix_gradient_kernel(
     part = tl.program_id(0) // (k_blocks * c_blocks)
     k, live_k = channels_of(tl.program_id(0) % k_blocks, pw.K, BLOCK_K, WIDE, VEC.K)
     c, live = channels_of(tl.program_id(0) // k_blocks % c_blocks, count, BLOCK_C, WIDE, VEC.C)
-    acc = tl.zeros((BLOCK_K, BLOCK_C), accumulator(x.data.dtype.element_ty))
+    acc = tl.zeros((BLOCK_K, BLOCK_C), accumulator(pw.data.dtype.element_ty))
     for step in range(steps):
         m = block_of(part * steps + step, BLOCK_M, WIDE)
         inside = m < sizes.M
@@ -353,11 +368,14 @@ def _matrix_gradient_kernel(
 
 
 class _Layer(NamedTuple):
-    """The operator's arguments, and what follows from them."""
+    """The operator's arguments, and what follows from them.
+
+    A pointwise convolution alone is one without a window, whose input all passes through.
+    """
 
     input: Tensor
     passthrough: Tensor | None
-    bank: Tensor
+    bank: Tensor | None
     dw_affine: Affine
     dw_residual: Tensor | None
     pw_weight: Tensor
@@ -366,12 +384,17 @@ class _Layer(NamedTuple):
     geometry: list[int]
     slopes: list[float]
     sizes: Sizes
-    window: Window
+    window: Window | None
 
     @property
     def passed(self) -> int:
         """Channels of z that pass through."""
         return 0 if self.passthrough is None else self.passthrough.shape[1]
+
+    @property
+    def deepest(self) -> int:
+        """Channels of z's larger part: what a kernel's blocks of channels need not exceed."""
+        return max(self.sizes.D, self.passed)
 
     @property
     def keep(self) -> int:
@@ -449,12 +472,13 @@ def _is_plain(layer: _Layer, vec: int, output: Tensor) -> bool:
 
 def _constants(layer: _Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
     """What shapes the code of every kernel here."""
+    in_strips = layer.window is not None and layer.geometry[G.CHANNELS_LAST]
     return {
         "WINDOW": layer.window,
         "DW_CHAIN": L.depthwise_chain(layer.geometry, layer.slopes[0]),
         "PRECISION": L.dot_precision(layer.input),
         "WIDE": _wide(layer, maps),
-        "STRIP": L.strip_width(layer.sizes.Q, block_m) if layer.geometry[G.CHANNELS_LAST] else layer.sizes.Q,
+        "STRIP": L.strip_width(layer.sizes.Q, block_m) if in_strips else layer.sizes.Q,
     }
 
 
@@ -469,6 +493,22 @@ def _depthwise_operands(layer: _Layer) -> tuple:
     )  # fmt: skip
 
 
+def _forward(layer: _Layer, gates: Tensor | None) -> Tensor:
+    """The output; passed channels are multiplied by `gates` [N, channels] where there are some."""
+    output = layer.map_of(layer.keep + layer.K)
+    y = output[:, layer.keep :]
+    vectors = _vectors(layer, (), (layer.residual, y), output)
+    plain = _is_plain(layer, vectors.C, output)
+    config = pointwise_config("forward", layer.input, layer.sizes.M, layer.deepest, layer.K, vectors.C, plain)
+    L.launch(
+        _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), layer.input,
+        *_depthwise_operands(layer), layer.affine, L.as_map(layer.residual), L.as_map(y), _kept(output, layer), gates,
+        layer.sizes, CHAIN=_pointwise_chain(layer), VEC=vectors,
+        **_constants(layer, (output,), config.BLOCK_M), **config._asdict(),
+    )  # fmt: skip
+    return output
+
+
 def dsconv_fwd(
     input: Tensor, passthrough: Tensor | None, dw_weight: Tensor, dw_bias: Tensor | None, dw_scale: Tensor | None,
     dw_shift: Tensor | None, dw_residual: Tensor | None, pw_weight: Tensor, bias: Tensor | None, scale: Tensor | None,
@@ -479,18 +519,7 @@ def dsconv_fwd(
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, bias, scale, shift, residual,
     )  # fmt: skip
-    layer = _layer(tensors, geometry, slopes)
-    output = layer.map_of(layer.keep + layer.K)
-    y = output[:, layer.keep :]
-    vectors = _vectors(layer, (), (residual, y), output)
-    config = pointwise_config("forward", input, layer.sizes, layer.K, vectors.C, _is_plain(layer, vectors.C, output))
-    L.launch(
-        _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), input,
-        *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(y), _kept(output, layer),
-        layer.sizes, CHAIN=_pointwise_chain(layer), VEC=vectors,
-        **_constants(layer, (output,), config.BLOCK_M), **config._asdict(),
-    )  # fmt: skip
-    return output
+    return _forward(_layer(tensors, geometry, slopes), None)
 
 
 # Places of the operator's tensors, and so bits of the gradient mask.
@@ -558,7 +587,9 @@ def _output_gradient(layer: _Layer, grad_output: Tensor, output: Tensor | None, 
     residual = layer.residual if chain.POST != NONE else None
     recompute = gradients.wants(_SCALE) or not (linear or saved is not None)
     vectors = _vectors(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
-    config = pointwise_config("output_gradient", layer.input, layer.sizes, layer.K, vectors.C, plain=False)
+    config = pointwise_config(
+        "output_gradient", layer.input, layer.sizes.M, layer.deepest, layer.K, vectors.C, plain=False
+    )  # fmt: skip
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_BIAS, rows)
     L.launch(
@@ -616,8 +647,8 @@ def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradient
 def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
     """The gradient of the pointwise weight: sum over pixels of du[pixel, k] * z[pixel, c], z recomputed."""
     vectors = _vectors(layer, (), (du,), du)
-    config = matrix_config(layer.input, max(layer.sizes.D, layer.passed), layer.K, vectors.C)
-    tiles = triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(layer.sizes.D, config.BLOCK_C)
+    config = matrix_config(layer.input, layer.deepest, layer.K, vectors.C)
+    tiles = triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(layer.deepest, config.BLOCK_C)
     blocks = triton.cdiv(layer.sizes.M, config.BLOCK_M)
     # Two programs a processor; more parts would only be more partial sums to write and read.
     steps = max(1, blocks * tiles // (2 * L.processors(layer.input)))
@@ -657,3 +688,69 @@ def dsconv_bwd(
     if gradients.wants(_DW_WEIGHT):
         gradients.found[_DW_WEIGHT] = weight_gradient(sums_grad, input, dw_weight, geometry)
     return gradients.in_order()
+
+
+# ---- pointwise convolutions of other rooms --------------------------------------------------------------------------
+
+
+class Pointwise(NamedTuple):
+    """A 1x1 convolution and the epilogue behind it, but for a residual.
+
+    Attributes:
+        weight: [K,C,1,1], any strides.
+        bias, scale, shift: [K] or None.
+        chain: its activations.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    scale: Tensor | None
+    shift: Tensor | None
+    chain: Chain
+
+
+def _pointwise_layer(x: Tensor, conv: Pointwise, residual: Tensor | None, channels_last: int) -> _Layer:
+    n, _, h, w = x.shape
+    activations = (NONE, NONE, conv.chain.ACT, conv.chain.POST)
+    geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, channels_last, *activations, 0, 0, 0]
+    return _Layer(
+        x, x, None, Affine(None, None, None), None, conv.weight, L.affine(conv.bias, conv.scale, conv.shift),
+        residual, geometry, [0.0, conv.chain.SLOPE], Sizes(h, w, h, w, n * h * w, 0), None,
+    )  # fmt: skip
+
+
+def pointwise_forward(
+    x: Tensor, conv: Pointwise, channels_last: int, residual: Tensor | None = None, gates: Tensor | None = None
+) -> Tensor:
+    """The convolution of `x` with its epilogue, [N,K,H,W] in the given memory format.
+
+    Args:
+        x: [N,C,H,W], any strides.
+        residual: [N,K,H,W], any strides, or None.
+        gates: [N,C], contiguous, in the accumulators' dtype, by which its channels are multiplied first, or None.
+    """
+    return _forward(_pointwise_layer(x, conv, residual, channels_last), gates)
+
+
+_OF_POINTWISE = (_PASSTHROUGH, _PW_WEIGHT, _BIAS, _SCALE, _SHIFT, _RESIDUAL)
+
+
+def pointwise_backward(
+    grad: Tensor, x: Tensor, conv: Pointwise, channels_last: int, wanted: Sequence[bool], residual: Tensor | None = None
+) -> list[Tensor | None]:
+    """Gradients of x, weight, bias, scale, shift and residual, each None unless wanted; no gates.
+
+    Args:
+        grad: [N,K,H,W], of the result, any strides.
+        x, conv, channels_last, residual: as for `pointwise_forward`.
+        wanted: whether each of the six is.
+    """
+    layer = _pointwise_layer(x, conv, residual, channels_last)
+    mask = sum(1 << place for place, want in zip(_OF_POINTWISE, wanted, strict=True) if want)
+    tensors = (x, x, None, None, None, None, None, conv.weight, conv.bias, conv.scale, conv.shift, residual)
+    gradients = _Gradients(tensors, mask)
+    du = _output_gradient(layer, grad, None, gradients)
+    _passed_gradient(layer, du, grad, gradients)
+    if gradients.wants(_PW_WEIGHT):
+        gradients.found[_PW_WEIGHT] = _matrix_gradient(layer, du)
+    return [gradients.found.get(place) for place in _OF_POINTWISE]

@@ -9,7 +9,6 @@ import triton
 from torch import Tensor
 
 from effops.ops import triton_launch as L
-from effops.ops.triton_device import Sizes
 
 
 class Config(NamedTuple):
@@ -118,18 +117,21 @@ def configs() -> dict[str, list[dict[str, Any]]]:
     }
 
 
-def _kind(x: Tensor) -> str:
+def kind_of(x: Tensor) -> str:
+    """The part of a table of tiles that is for products of this map."""
     if x.element_size() == 2:
         return "half"
     return "double" if x.dtype == torch.float64 else L.dot_precision(x)
 
 
-def pointwise_config(kernel: str, x: Tensor, sizes: Sizes, k: int, vec: int, plain: bool) -> Config:
+def pointwise_config(kernel: str, x: Tensor, pixels: int, channels: int, k: int, vec: int, plain: bool) -> Config:
     """The widest tile of the table that gives every processor a program, pixels given up before channels.
 
     Args:
         kernel: "forward" or "output_gradient".
         x: the input.
+        pixels: of the output.
+        channels: of z's larger part, depthwise or passed.
         k: the pointwise convolution's output channels.
         vec: how many channels an access to z's maps takes. Where it is one, the addresses need the registers of the
             largest tile, and the others twice the threads.
@@ -139,16 +141,16 @@ def pointwise_config(kernel: str, x: Tensor, sizes: Sizes, k: int, vec: int, pla
     """
     if L.INTERPRETED:
         return _INTERPRETED
-    tiles = _POINTWISE[kernel][_kind(x)]
+    tiles = _POINTWISE[kernel][kind_of(x)]
     widest = max(triton.next_power_of_2(k), min(block_k for _, block_k in tiles))
-    deepest = max(triton.next_power_of_2(sizes.D), 16)
+    deepest = max(triton.next_power_of_2(channels), 16)
     for (block_m, block_k), (block_c, warps) in tiles.items():
         if block_k > widest or (vec == 1 and block_m * block_k > 64 * 128):
             continue
         warps = 8 if vec == 1 and block_m == 64 else warps
         bound = (160 if (block_m, block_k, warps) == (64, 128, 4) else 128) if plain else 255
         config = Config(block_m, min(block_c, deepest), block_k, warps, 2, bound)
-        if triton.cdiv(sizes.M, block_m) * triton.cdiv(k, block_k) >= L.processors(x):
+        if triton.cdiv(pixels, block_m) * triton.cdiv(k, block_k) >= L.processors(x):
             break
     return config
 
@@ -157,7 +159,7 @@ def backward_config(x: Tensor, pixels: int, channels: int, vec: int) -> Config:
     """As `pointwise_config`, for a kernel whose programs own a block of `channels`, each summing over all K."""
     if L.INTERPRETED:
         return _INTERPRETED
-    for block_m, (block_c, block_k, warps, stages) in _BACKWARD[_kind(x)].items():
+    for block_m, (block_c, block_k, warps, stages) in _BACKWARD[kind_of(x)].items():
         block_c = min(block_c, 32) if vec == 1 else block_c  # read one by one: their addresses take registers too
         block_c = min(block_c, max(triton.next_power_of_2(channels), 16))
         config = Config(block_m, block_c, block_k, warps, stages, 255)
@@ -170,7 +172,7 @@ def matrix_config(x: Tensor, channels: int, k: int, vec: int) -> Config:
     """The tile of the pointwise weight's gradient: BLOCK_K x BLOCK_C sums, BLOCK_M pixels a step."""
     if L.INTERPRETED:
         return _INTERPRETED
-    block_m, block_c, block_k = _MATRIX[_kind(x)][vec == 1]
+    block_m, block_c, block_k = _MATRIX[kind_of(x)][vec == 1]
     block_c = min(block_c, max(triton.next_power_of_2(channels), 16))
     block_k = min(block_k, max(triton.next_power_of_2(k), 32))
     return Config(block_m, block_c, block_k, 8, 1, 255)

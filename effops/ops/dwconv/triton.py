@@ -55,6 +55,7 @@ from effops.ops.triton_device import (
     load_vector,
     offset_at,
     offset_count,
+    own_cells,
     put,
     slope_from_output,
     store_tile,
@@ -66,19 +67,6 @@ from effops.ops.triton_device import (
 from effops.ops.triton_sum import partials, sum_partials
 
 # ---- device: tiles --------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _own_cells(
-    sizes, cells, ROWS: tl.constexpr, COLS: tl.constexpr,
-    WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """First pixels (n, p, q) of this program's cells, which cells exist, its channels, which exist."""
-    channel_blocks = tl.cdiv(sizes.D, BLOCK_C)
-    m = block_of(tl.program_id(0) // channel_blocks, BLOCK_M, WIDE)
-    n, p, q = cells_of(m, sizes, ROWS, COLS)
-    o, live = channels_of(tl.program_id(0) % channel_blocks, sizes.D, BLOCK_C, WIDE, VEC)
-    return n, p, q, m < cells, o, live
 
 
 @triton.jit
@@ -108,7 +96,7 @@ def _forward_kernel(
     WINDOW: tl.constexpr, CHAIN: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr,
     UNROLLED: tl.constexpr, ROWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    n, p, q, inside, o, live = _own_cells(sizes, cells, ROWS, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
+    n, p, q, inside, o, live = own_cells(sizes, cells, ROWS, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = _sums(x, weight, n, p, q, inside, o, live, sizes, WINDOW, ROWS, UNROLLED, VEC)
     for i in tl.static_range(ROWS):
         mask = (inside & (p + i < sizes.P))[:, None] & live[None, :]
@@ -152,7 +140,7 @@ def _input_gradient_kernel(
 ):  # fmt: skip
     # sizes: H and W are those of the sums, P and Q those of the input, D the input's channels.
     multiplier: tl.constexpr = WINDOW.MULT
-    n, h, w, inside, c, live = _own_cells(sizes, cells, ROWS, COLS, WIDE, VEC, BLOCK_M, BLOCK_C)
+    n, h, w, inside, c, live = own_cells(sizes, cells, ROWS, COLS, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = zero_tiles(ROWS * COLS, BLOCK_M, BLOCK_C, accumulator(dx.data.dtype.element_ty))
     if UNROLLED:
         for j in range(multiplier):
@@ -442,7 +430,7 @@ def _statistics_gradient_kernel(
 ):  # fmt: skip
     """du = (grad_mean + 2 grad_var (u - mean)) / pixels."""
     acc: tl.constexpr = mean.dtype.element_ty
-    n, p, q, inside, o, live = _own_cells(sizes, cells, ROWS, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
+    n, p, q, inside, o, live = own_cells(sizes, cells, ROWS, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = _sums(x, weight, n, p, q, inside, o, live, sizes, WINDOW, ROWS, UNROLLED, VEC)
     centre = load_vector(mean, o, live, acc)
     if bias is not None:

@@ -8,13 +8,22 @@ from torch.utils.flop_counter import register_flop_formula
 from effops.ops import geometry as G
 from effops.ops.dwconv import kernel_gradients
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, cuda_kernels, fake_gradients, kernels_of, packets, register_fake
+from effops.ops.registration import (
+    Kernels,
+    cuda_kernels,
+    fake_gradients,
+    kernels_of,
+    packets,
+    register_fake,
+    triton_kernels,
+)
 from effops.ops.se import reference
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
+    "triton": triton_kernels("se", "se_fwd", "se_bwd"),
     "cuda": cuda_kernels("se_fwd", "se_bwd"),
     "cpp": Kernels(_ops.se_fwd.default, _ops.se_bwd.default),
 }
@@ -60,7 +69,7 @@ class SqueezeExcite2dFunction(KernelFunction):
         reduce_weight, reduce_bias: W1 [Cr,C,1,1], b1 [Cr] or None.
         expand_weight, expand_bias: W2 [C,Cr,1,1], b2 [C] or None.
         geometry: the 3 ints of `effops/schemas.inc`.
-        backend: name of the backend whose kernels run, forward and backward ("cuda", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,C,H,W].
