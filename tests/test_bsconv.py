@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import BS_CASES, BsCase, Epi, ids
-from conftest import require_share
+from conftest import require_backend, require_share
 from helpers import (
     BS_NAMES,
     KINKS,

@@ -7,12 +7,13 @@ import torch
 from effops.ops import geometry as G
 from effops.ops.blurmaxpool import reference
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, cuda_kernels, kernels_of, register_fake
+from effops.ops.registration import Kernels, cuda_kernels, kernels_of, register_fake, triton_kernels
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
+    "triton": triton_kernels("blurmaxpool", "blur_max_pool_fwd", "blur_max_pool_bwd"),
     "cuda": cuda_kernels("blur_max_pool_fwd", "blur_max_pool_bwd"),
     "cpp": Kernels(_ops.blur_max_pool_fwd.default, _ops.blur_max_pool_bwd.default),
 }
@@ -43,7 +44,7 @@ class BlurMaxPool2dFunction(KernelFunction):
     Args:
         input: [N,C,H,W].
         geometry: the 9 ints of `effops/schemas.inc`.
-        backend: name of the backend whose kernels run, forward and backward ("cuda", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,C,P,Q].
