@@ -187,12 +187,14 @@ class _Triton(_OnGpus):
     """The Triton kernels of effops/ops/<op>/triton.py: CUDA GPUs, and the CPU where they are interpreted (tests)."""
 
     name = "triton"
+    operators = _Kernels.operators | {"dsconv_parts"}
+    products = frozenset({"dsconv", "dsconv_parts"})  # operators with a matrix product
     missing = _why_no_triton()
     on_cpu = INTERPRETING
 
     def why_not(self, call: Call) -> Sequence[str]:
         reasons = list(super().why_not(call))
-        if self.on_cpu and call.input.dtype is torch.bfloat16 and call.op == "dsconv":
+        if self.on_cpu and call.input.dtype is torch.bfloat16 and call.op in self.products:
             reasons.append(INTERPRETED_BFLOAT16_PRODUCT)
         return reasons
 
