@@ -228,3 +228,35 @@ def test_passed_gradient(passed: int, layout: str) -> None:
         stored = program.stored(found[1])
         assert program.loaded(grad) == {(n, k, p, q) for n, _, p, q in stored for k in range(20)}
         assert not program.loaded(x)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("split", [False, True], ids=["multiception", "mixconv"])
+def test_parts(split: bool, layout: str) -> None:
+    """Forward: what the largest window covers, and no more for the others. Of an input gradient: every part's once."""
+    from effops.ops.dsconv.triton_parts import dsconv_parts_bwd, dsconv_parts_fwd
+
+    case = DwCase(id="traffic", layout=layout, c=6, h=9, w=10, kernel=(5, 5), padding=(2, 2, 2, 2))
+    x = make_tensors(case, torch.float32)["input"]
+    channels = (2, 4) if split else (6, 6)
+    weights = [torch.randn(count, 1, size, size) for count, size in zip(channels, (3, 5), strict=True)]
+    pads = [[size // 2] * 4 for size in (3, 5)]
+    geometry = [1, 1, *pads[0], 1, 1, 1, int(layout == "channels_last"), 0, 0, 0, 0, int(split), *pads[1]]
+    arguments = (x, weights, *[None] * 3, torch.randn(7, sum(channels), 1, 1), *[None] * 4, geometry, [0.0, 0.0])
+    with recorded() as programs:
+        y = dsconv_parts_fwd(*arguments)
+    programs = of_kernel(programs, "_forward_kernel")
+    assert len(programs) > 1
+    each_stored_once(programs, y)
+    small = DwCase(id="small", c=2, h=9, w=10)
+    for program in programs:
+        pixels = {(n, 0, p, q) for n, _, p, q in program.stored(y)}
+        if split:
+            large = {index for index in under(pixels, case, channel=False) if index[1] >= 2}
+            assert program.loaded(x) == under(pixels, small, channel=False) | large
+        else:
+            assert program.loaded(x) == under(pixels, case, channel=False)
+    with recorded() as programs:
+        (dx,) = dsconv_parts_bwd(torch.randn_like(y), None, *arguments, 1)
+    programs = of_kernel(programs, "_input_gradient_kernel")
+    each_stored_once(programs, dx)

@@ -288,7 +288,8 @@ def kernel_name(kernel: Any) -> str:
 
 
 def room_name(module: str) -> str:
-    return module.removesuffix(".triton").split(".")[-1]
+    """`dwconv` of effops.ops.dwconv.triton, `dsconv_parts` of effops.ops.dsconv.triton_parts."""
+    return re.sub(r"^effops\.ops\.(\w+)\.triton", r"\1", module).split(".")[-1]
 
 
 def signature_of(launch: Any) -> str:

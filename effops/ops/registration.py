@@ -1,9 +1,10 @@
 """How a room's operators are registered: kernels of each backend, fakes, and the Triton twins of the operators.
 
 `effops::<name>` is the C++ operator of `schemas.inc`. `effops::<name>_triton` has the same schema and is implemented in
-Python by the function `<name>` of `effops/ops/<room>/triton.py`, for CUDA tensors, and for CPU tensors where Triton
-interprets its kernels (TRITON_INTERPRET=1 when Python starts: slow, for tests). That module, and Triton, are imported
-by the first call. `effops::<name>_cuda_host` runs the CUDA kernels' sources on the CPU; it is there for tests alone.
+Python by the function `<name>` of `effops/ops/<room>/triton.py` or a module beside it, for CUDA tensors, and for CPU
+tensors where Triton interprets its kernels (TRITON_INTERPRET=1 when Python starts: slow, for tests). That module, and
+Triton, are imported by the first call. `effops::<name>_cuda_host` runs the CUDA kernels' sources on the CPU; it is
+there for tests alone.
 """
 
 from __future__ import annotations
@@ -100,18 +101,18 @@ def fake_gradients(tensors: Sequence[Tensor | None], images: int, geometry: list
 # ---- Triton ---------------------------------------------------------------------------------------------------------
 
 
-def triton_kernels(room: str, forward: str, backward: str) -> Kernels:
-    """Registers the Triton twins of two operators and returns them."""
-    return Kernels(_register_triton(room, forward), _register_triton(room, backward))
+def triton_kernels(room: str, forward: str, backward: str, module: str = "triton") -> Kernels:
+    """Registers the Triton twins of two operators, functions of `effops.ops.<room>.<module>`, and returns them."""
+    return Kernels(*(_register_triton(f"effops.ops.{room}.{module}", name) for name in (forward, backward)))
 
 
-def _register_triton(room: str, name: str) -> Callable:
+def _register_triton(module: str, name: str) -> Callable:
     launcher: Callable | None = None
 
     def run(*args: Any) -> Any:
         nonlocal launcher
         if launcher is None:
-            launcher = getattr(importlib.import_module(f"effops.ops.{room}.triton"), name)
+            launcher = getattr(importlib.import_module(module), name)
         return launcher(*args)
 
     twin = f"{name}_triton"

@@ -13,12 +13,23 @@ from effops.ops.dsconv import reference
 from effops.ops.dwconv import depthwise_flops
 from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, packets, register_fake
+from effops.ops.registration import (
+    Kernels,
+    fake_gradients,
+    fake_output,
+    kernels_of,
+    packets,
+    register_fake,
+    triton_kernels,
+)
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
-PARTS_KERNELS = {"cpp": Kernels(_ops.dsconv_parts_fwd.default, _ops.dsconv_parts_bwd.default)}
+PARTS_KERNELS = {
+    "triton": triton_kernels("dsconv", "dsconv_parts_fwd", "dsconv_parts_bwd", "triton_parts"),
+    "cpp": Kernels(_ops.dsconv_parts_fwd.default, _ops.dsconv_parts_bwd.default),
+}
 
 # Positions in the schema; in DSConvParts2dFunction the weights come last, behind the arguments that are no tensors.
 _WEIGHTS, _TENSORS = 1, 10
@@ -78,7 +89,7 @@ class DSConvParts2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the ints of `effops/schemas.inc`.
         slopes: [depthwise slope, pointwise slope].
-        backend: name of the backend whose kernels run, forward and backward ("cpp").
+        backend: name of the backend whose kernels run, forward and backward.
         dw_weights: [C,1,R,S] each; with `split` in the geometry [Ci,1,R,S], the Ci adding up to C.
 
     Returns:

@@ -244,6 +244,33 @@ def _store_sums(partial, row, COUNT, c, live, du, product, shifted):
 
 
 @triton.jit
+def _end_output_gradient(
+    u, affine, residual, grad, output, du, residual_grad, partial, row, n, p, q, inside, k, live, COUNT,
+    CHAIN: tl.constexpr, VEC: tl.constexpr,
+):  # fmt: skip
+    """The epilogue of a tile of pointwise sums u backwards: its stores, and its sums to the row of `partial`.
+
+    u: None where nothing depends on it. k, live: output channels, of COUNT, and which exist.
+    """
+    mask = inside[:, None] & live[None, :]
+    added = None
+    if residual.data is not None:
+        added = load_tile(residual, n, p, q, k, mask, VEC.K)
+    g = load_tile(grad, n, p, q, k, mask, VEC.K).to(accumulator(grad.data.dtype.element_ty))
+    if output.data is not None:
+        y = load_tile(output, n, p, q, k, mask, VEC.K).to(g.dtype)
+        g *= slope_from_output(y, CHAIN.ACT, CHAIN.SLOPE)
+        store_vector(partial.bias, row, COUNT, k, live, tl.sum(g, 0))
+    else:
+        g, g_residual, product = epilogue_gradient(g, u, affine, added, k, live, CHAIN)
+        _store_sums(partial, row, COUNT, k, live, g, product, g_residual)
+        if residual_grad.data is not None:
+            store_tile(residual_grad, n, p, q, k, g_residual, mask, VEC.K)
+    if du.data is not None:
+        store_tile(du, n, p, q, k, g, mask, VEC.K)
+
+
+@triton.jit
 def _output_gradient_kernel(
     x, bank, dw_affine, dw_residual, passed, pw, affine, residual, grad, output, du, residual_grad, partial, sizes,
     WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -251,28 +278,15 @@ def _output_gradient_kernel(
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     row, _, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
-    mask = inside[:, None] & live[None, :]
     u = None
     if RECOMPUTE:
         u = _pointwise_sums(
             x, bank, dw_affine, dw_residual, passed, None, pw, None, inside, n, p, q, inside, k, sizes,
             WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
         )  # fmt: skip
-    added = None
-    if residual.data is not None:
-        added = load_tile(residual, n, p, q, k, mask, VEC.K)
-    g = load_tile(grad, n, p, q, k, mask, VEC.K).to(accumulator(pw.data.dtype.element_ty))
-    if output.data is not None:
-        y = load_tile(output, n, p, q, k, mask, VEC.K).to(g.dtype)
-        g *= slope_from_output(y, CHAIN.ACT, CHAIN.SLOPE)
-        store_vector(partial.bias, row, pw.K, k, live, tl.sum(g, 0))
-    else:
-        g, g_residual, product = epilogue_gradient(g, u, affine, added, k, live, CHAIN)
-        _store_sums(partial, row, pw.K, k, live, g, product, g_residual)
-        if residual_grad.data is not None:
-            store_tile(residual_grad, n, p, q, k, g_residual, mask, VEC.K)
-    if du.data is not None:
-        store_tile(du, n, p, q, k, g, mask, VEC.K)
+    _end_output_gradient(
+        u, affine, residual, grad, output, du, residual_grad, partial, row, n, p, q, inside, k, live, pw.K, CHAIN, VEC
+    )  # fmt: skip
 
 
 @triton.jit

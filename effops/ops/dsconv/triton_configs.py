@@ -77,7 +77,10 @@ _OUTPUT_GRADIENT = {
     },
 }  # fmt: skip
 
-_POINTWISE = {"forward": _FORWARD, "output_gradient": _OUTPUT_GRADIENT}
+# Several windows' code behind one another keeps more addresses beside the widest tile's sums than there is room for.
+_PARTS = _FORWARD | {"ieee": {tile: rest for tile, rest in _FORWARD["ieee"].items() if tile != (64, 128)}}
+
+_POINTWISE = {"forward": _FORWARD, "parts": _PARTS, "output_gradient": _OUTPUT_GRADIENT}
 
 # BLOCK_M: (BLOCK_C, BLOCK_K, warps, stages) of the kernels that sum over k, in order of preference. The loop over k has
 # nothing but loads and a dot, so it is pipelined: three stages of (64 + 64) x 64 halves are 48 KB, of 227 a processor.
@@ -98,18 +101,20 @@ _MATRIX = {
 }
 
 
+def pointwise_configs(kernel: str) -> list[dict[str, Any]]:
+    """What `pointwise_config` can return, for the ahead-of-time check."""
+    tables = _POINTWISE[kernel].items()
+    tiles = {(m, k, "tf32" if kind == "tf32" else "ieee") for kind, tiles in tables for m, k in tiles}
+    return [{"BLOCK_M": m, "BLOCK_K": k, "PRECISION": precision} for m, k, precision in sorted(tiles)]
+
+
 def configs() -> dict[str, list[dict[str, Any]]]:
     """What the choosers can return, by kernel, for the ahead-of-time check."""
-
-    def sums(table: dict) -> list[dict[str, Any]]:
-        tiles = {(m, k, "tf32" if kind == "tf32" else "ieee") for kind, tiles in table.items() for m, k in tiles}
-        return [{"BLOCK_M": m, "BLOCK_K": k, "PRECISION": precision} for m, k, precision in sorted(tiles)]
-
     backward = {(m, k, warps) for tiles in _BACKWARD.values() for m, (_, k, warps, _) in tiles.items()}
     over_k = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps} for m, k, warps in sorted(backward)]
     return {
-        "_forward_kernel": sums(_FORWARD),
-        "_output_gradient_kernel": sums(_OUTPUT_GRADIENT),
+        "_forward_kernel": pointwise_configs("forward"),
+        "_output_gradient_kernel": pointwise_configs("output_gradient"),
         # The same tiles; no problem of the check has so few pixels beside passed channels as the smallest needs.
         "_passed_gradient_kernel": [{"BLOCK_K": k} for k in sorted({k for _, k, _ in backward})],
         "_depthwise_gradient_kernel": over_k,
@@ -128,7 +133,7 @@ def pointwise_config(kernel: str, x: Tensor, pixels: int, channels: int, k: int,
     """The widest tile of the table that gives every processor a program, pixels given up before channels.
 
     Args:
-        kernel: "forward" or "output_gradient".
+        kernel: "forward", the same of several windows, "parts", or "output_gradient".
         x: the input.
         pixels: of the output.
         channels: of z's larger part, depthwise or passed.

@@ -471,7 +471,9 @@ def dwconv_fwd(
     return output
 
 
-def input_gradient(grad: Tensor, weight: Tensor, input: Tensor, geometry: list[int]) -> Tensor:
+def input_gradient(
+    grad: Tensor, weight: Tensor, input: Tensor, geometry: list[int], into: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """Gradient of the depthwise convolution's input from the gradient of its sums.
 
     Args:
@@ -480,13 +482,14 @@ def input_gradient(grad: Tensor, weight: Tensor, input: Tensor, geometry: list[i
         weight: [B,1,R,S], any strides.
         input: only its shape, dtype and device are read.
         geometry: the ints of schemas.inc, of either room.
+        into: where it goes, [N,C,H,W] in the input's dtype, any strides; None: a new map in the geometry's format.
 
     Returns:
-        [N,C,H,W] in the input's dtype and the geometry's memory format. Sums are float32 (float64 for float64).
+        That map. Sums are float32 (float64 for float64).
     """
     n, c, h, w = input.shape
     window = L.window_of(weight, geometry)
-    dx = fake_output(input, input.shape, geometry)
+    dx = fake_output(input, input.shape, geometry) if into is None else into
     sizes = Sizes(grad.shape[2], grad.shape[3], h, w, n * h * w, c)
     maps = (grad, dx)
     wide = L.needs_wide(maps, sizes, window)
