@@ -36,7 +36,7 @@ SANITIZED_TESTS := $(patsubst %,tests/test_%.py,dwconv dsconv multiception bscon
 OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
 KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 
-.PHONY: help run test test-all lint format bench gpu kernels cuda-kernels other-triton build sanitize clean
+.PHONY: help run test test-all properties lint format bench gpu kernels cuda-kernels other-triton build sanitize clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -48,11 +48,14 @@ test: export EFFOPS_OTHER_TRITON ?= $(if $(wildcard $(OTHER_TRITON_FOLDER)/.inst
 test: build ## the tests, as CI runs them (ARGS="-m 'not slow' -k dwconv")
 	$(PY) -m pytest -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-all: export EFFOPS_HYPOTHESIS ?= 1000
+test-all: export EFFOPS_HYPOTHESIS ?= 20000
 test-all: export EFFOPS_COMPILE_ALL ?= 1
 test-all: export EFFOPS_INTERPRET_ALL ?= 1
 test-all: export EFFOPS_HOST_ALL ?= 1
 test-all: other-triton test sanitize ## the same with more examples and every kernel compiled, then under sanitizers
+
+properties: build ## the drawn tests alone, with other cases each time (DRAWS=20000)
+	env -u CI EFFOPS_HYPOTHESIS=$(or $(DRAWS),20000) $(PY) -m pytest -n $(WORKERS) tests/test_properties.py $(ARGS)
 
 lint: $(VENV)/.lint ## ruff and clang-format; changes nothing
 	$(VENV)/bin/ruff check .
