@@ -10,13 +10,24 @@ from effops.ops.dwconv import depthwise_flops, kernel_gradients
 from effops.ops.epilogue import Epilogue
 from effops.ops.higher_order import KernelFunction, reference_gradients
 from effops.ops.mbconv import reference
-from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, packets, register_fake
+from effops.ops.registration import (
+    Kernels,
+    fake_gradients,
+    fake_output,
+    kernels_of,
+    packets,
+    register_fake,
+    triton_kernels,
+)
 from effops.ops.se.reference import Excitation
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
-KERNELS = {"cpp": Kernels(_ops.mbconv_fwd.default, _ops.mbconv_bwd.default)}
+KERNELS = {
+    "triton": triton_kernels("mbconv", "mbconv_fwd", "mbconv_bwd"),
+    "cpp": Kernels(_ops.mbconv_fwd.default, _ops.mbconv_bwd.default),
+}
 
 # Positions in the geometry behind those of the depthwise convolution (schemas.inc).
 ACTIVATION, POST_ACTIVATION, EXPAND_ACTIVATION, EXPAND_POST_ACTIVATION, SE_ACTIVATION, SE_GATE = range(12, 18)
@@ -88,7 +99,7 @@ class InvertedResidual2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 19 ints of `effops/schemas.inc`.
         slopes: [expansion's, depthwise's, projection's].
-        backend: name of the backend whose kernels run, forward and backward ("cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cpp").
 
     Returns:
         [N,K,P,Q].
