@@ -230,6 +230,8 @@ def pointwise_depthwise(
     )  # fmt: skip
     if pooled is None:
         return output, None
+    if tiling.an_image == 1 or x.shape[0] == 0:
+        return output, pooled.view(x.shape[0], sizes.D)
     return output, sum_partials(pooled, torch.empty((x.shape[0], sizes.D), dtype=pooled.dtype, device=x.device))
 
 

@@ -18,6 +18,7 @@ from effops.ops.registration import (
     kernels_of,
     packets,
     register_fake,
+    triton_kernels,
 )
 from effops.ops.se.reference import Excitation
 
@@ -25,6 +26,7 @@ _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
+    "triton": triton_kernels("mbconv", "mbconv_fwd", "mbconv_bwd"),
     "cuda": cuda_kernels("mbconv_fwd", "mbconv_bwd"),
     "cpp": Kernels(_ops.mbconv_fwd.default, _ops.mbconv_bwd.default),
 }
@@ -99,7 +101,7 @@ class InvertedResidual2dFunction(KernelFunction):
         residual: [N,K,P,Q] or None.
         geometry: the 19 ints of `effops/schemas.inc`.
         slopes: [expansion's, depthwise's, projection's].
-        backend: name of the backend whose kernels run, forward and backward ("cuda", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,K,P,Q].
