@@ -206,8 +206,16 @@ class _Cuda(_OnGpus):
     """The CUDA kernels of csrc/cuda, and their host run (tests)."""
 
     name = "cuda"
+    operators = _Kernels.operators | {"dsconv_parts"}
+    most_parts = 7  # depthwise windows side by side (csrc/cuda/dsconv_parts.h)
     missing = None if CUDA_HOST else _library.why_no_cuda
     on_cpu = bool(CUDA_HOST)
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        reasons = list(super().why_not(call))
+        if call.op == "dsconv_parts" and len(call.weight) > self.most_parts:
+            reasons.append(f"{len(call.weight)} windows side by side are more than the {self.most_parts} that it takes")
+        return reasons
 
 
 BACKENDS: list[Backend] = [_Triton(), _Cuda(), _Cpp(), _Reference()]

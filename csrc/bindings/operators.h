@@ -2,6 +2,7 @@
 #pragma once
 
 #include "csrc/bindings/dsconv.h"
+#include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/dwconv.h"
 
 // In STABLE_TORCH_LIBRARY_IMPL: operators `<name><suffix>` run on `Kernels`.
@@ -13,4 +14,6 @@
     library.impl("dwconv_stats_bwd" suffix, TORCH_BOX(&DwconvBindings<Kernels>::statistics_backward)); \
     library.impl("dsconv_fwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::forward));                   \
     library.impl("dsconv_bwd" suffix, TORCH_BOX(&DsconvBindings<Kernels>::backward));                  \
+    library.impl("dsconv_parts_fwd" suffix, TORCH_BOX(&DsconvPartsBindings<Kernels>::forward));        \
+    library.impl("dsconv_parts_bwd" suffix, TORCH_BOX(&DsconvPartsBindings<Kernels>::backward));       \
   } while (false)

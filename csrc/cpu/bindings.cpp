@@ -1,7 +1,6 @@
 // The operators for the CPU key.
 #include "csrc/bindings/blurmaxpool.h"
 #include "csrc/bindings/bsconv.h"
-#include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/bindings/se.h"
@@ -71,8 +70,6 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
   library.impl("blur_max_pool_fwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::forward));
   library.impl("blur_max_pool_bwd", TORCH_BOX(&BlurMaxPoolBindings<CpuKernels>::backward));
-  library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
-  library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
   library.impl("se_fwd", TORCH_BOX(&SeBindings<CpuKernels>::forward));
   library.impl("se_bwd", TORCH_BOX(&SeBindings<CpuKernels>::backward));
   library.impl("mbconv_fwd", TORCH_BOX(&MbconvBindings<CpuKernels>::forward));

@@ -18,7 +18,8 @@
 //   28 + 28 -> 28         half-identity: x, passed and y, 168 bytes a pixel: 67 MB, 16 us; copies weigh more a channel
 //                         of z, and 4 of 32 are padding: some 80 instructions x 11 million, 30 us. Two perfect
 //                         kernels: 47 us.
-#include "csrc/cuda/dsconv_pointwise.h"
+#include "csrc/cuda/dsconv_forward.h"
+
 #include "csrc/cuda/sum.h"
 
 namespace effops::cuda {
@@ -28,34 +29,9 @@ template <class T>
 struct Forward {
   Layer<T> layer;
   PointwiseAt at;
-  Map<T> y;  // K channels
-  EpilogueRef epilogue;
-  Meeting meeting;
+  Output<T> output;
   Kept<T> kept;
 };
-
-template <int V, int N, class T>
-EFFOPS_DEVICE void write_output(const Forward<T>& a, const Tables& tables, const Origin& origin, int first,
-                                const compute<T>* tile, int pitch) {
-  using C = compute<T>;
-  const TensorRef& ref = a.epilogue.residual;
-  const Map<const T> residual{static_cast<const T*>(ref.data), ref.n, ref.c, ref.h, ref.w};
-  const C* affine = shared_at<C>(a.at.affine);
-  walk_tile<V, N>(a.meeting.by_pixel, [&](int slot, int column) {
-    const Pixel pixel = pixel_of(a.layer, tables, origin, slot);
-    const int k = first + column;
-    if (!pixel.inside || k >= a.layer.K) return;
-    C v[V];
-    load_channels<V>(tile + slot * pitch + column, v);
-    finish_sums<V>(a.epilogue, affine + column, N, v, [&](C(&sum)[V]) {
-      C added[V];
-      load_channels<V>(residual.at(pixel.n, k, pixel.p, pixel.q), added);
-      EFFOPS_UNROLL
-      for (int j = 0; j < V; ++j) sum[j] += added[j];
-    });
-    store_channels<V>(a.y.at(pixel.n, k, pixel.p, pixel.q), v);
-  });
-}
 
 template <class T, bool TF32, int N>
 EFFOPS_KERNEL(kThreads, kBlocks<T>)
@@ -67,20 +43,12 @@ dsconv_forward_kernel(EFFOPS_PARAMS Forward<T> a) {
   const Tables tables = tables_of(a.at.tables, shared_at<index_t>(a.at.tables.patch_at));
   number_slots(a.layer.box, a.layer.g, tables);
   locate_patch(a.layer, origin, tables.patch_at);
-  copy_affine<T>(a.epilogue, k_block * N, a.layer.K, N, shared_at<C>(a.at.affine));
+  copy_affine<T>(a.output.epilogue, k_block * N, a.layer.K, N, shared_at<C>(a.at.affine));
   barrier();
   Product product;
   PointwiseSums<T, N, Product>(a.layer, a.at, tables, origin, k_block * N)
       .run(k_block == 0 && a.kept.count > 0 ? &a.kept : nullptr, product);
-  C* tile = shared_at<C>(a.at.stages);
-  const int pitch = tile_pitch(N, a.meeting.by_pixel);
-  product.store(tile, pitch);
-  barrier();
-  if (a.meeting.vector) {
-    write_output<kVector<T>, N>(a, tables, origin, k_block * N, tile, pitch);
-  } else {
-    write_output<1, N>(a, tables, origin, k_block * N, tile, pitch);
-  }
+  write_product<N>(a.layer, a.output, a.at, tables, origin, k_block * N, product);
 }
 
 // ---- host ----
@@ -92,10 +60,7 @@ void launch_forward(const DsconvForwardArgs& args, const Device& device, Stream 
   Forward<T> a{};
   a.layer = layer_of<T>(args, tile.box);
   const int shared = carve_pointwise<T>(tile, g, a.at);
-  const TensorRef y = from_channel<T>(args.output, args.keep);
-  a.y = map_of<T>(y);
-  a.epilogue = args.pw_epilogue;
-  a.meeting = meeting_of<T>(args.K, {y, args.pw_epilogue.residual});
+  a.output = output_of<T>(args);
   a.kept = {map_of<T>(args.output), narrow(g.D - args.keep), narrow(args.keep), {}};
   a.kept.meeting = meeting_of<T>(args.keep, {args.output});
   a.kept.meeting.vector = a.kept.meeting.vector && a.kept.first % kVector<T> == 0;
@@ -103,21 +68,16 @@ void launch_forward(const DsconvForwardArgs& args, const Device& device, Stream 
   launch(dsconv_forward_kernel<T, TF32, N>, grid_of(blocks, kThreads, shared), stream, a);
 }
 
-// The widest tiles: 64 x 256 sums are 64 registers of a thread; float and double have a fourth of a warp's products.
-template <class T>
-constexpr int kWidest = sizeof(T) == 8 ? 64 : 128;
-
 template <class T, bool TF32>
 void forward(const DsconvForwardArgs& args, const Device& device, Stream stream) {
   if (pixels_of(args.g) == 0) return;
-  const index_t tiles = ceil_div<index_t>(pixels_of(args.g), kSlots);
-  with_width<32, kWidest<T>>(args.K, tiles, device,
-                             [&](auto width) { launch_forward<T, TF32, width>(args, device, stream); });
+  with_output_width<T>(args, device, [&](auto width) { launch_forward<T, TF32, width>(args, device, stream); });
 }
 
 }  // namespace
 
 void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream) {
+  if (args.parts != nullptr) return dsconv_parts_fwd(dtype, args, device, stream);
   with_types(dtype, args.tf32, [&](auto element, auto products) {
     forward<decltype(element), decltype(products)::value>(args, device, stream);
   });

@@ -14,6 +14,7 @@
 #include "tests/cuda_host/options.h"
 #include "tests/cuda_host/problems_dsconv.h"
 #include "tests/cuda_host/problems_dwconv.h"
+#include "tests/cuda_host/problems_parts.h"
 
 extern "C" const char __executable_start;  // the linker's: where the program lies in memory
 
@@ -30,6 +31,7 @@ constexpr Device kHost = {2, 163 << 10, 80};  // few processors: blocks have mor
 void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_dwconv(sizes, visit);
   visit_dsconv(sizes, visit);
+  visit_parts(sizes, visit);
 }
 
 void record_launches() {
