@@ -206,9 +206,15 @@ class _Cuda(_OnGpus):
     """The CUDA kernels of csrc/cuda, and their host run (tests)."""
 
     name = "cuda"
-    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "mbconv", "se", "sepconv"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "mbconv", "se", "sepconv"}
     missing = None if CUDA_HOST else _library.why_no_cuda
     on_cpu = bool(CUDA_HOST)
+
+    def why_not(self, call: Call) -> Sequence[str]:
+        reasons = list(super().why_not(call))
+        if call.op == "dsconv_parts" and len(call.weight) > self.most_parts:
+            reasons.append(f"{len(call.weight)} windows side by side are more than the {self.most_parts} that it takes")
+        return reasons
 
 
 BACKENDS: list[Backend] = [_Triton(), _Cuda(), _Cpp(), _Reference()]

@@ -91,7 +91,7 @@ def test_portable_context_switch() -> None:
 def test_library_has_what_is_declared() -> None:
     """The kernels' host functions, for bindings to call."""
     declared = re.findall(r"\b(\w+)\(DType", KERNELS_H)
-    assert {*FUNCTIONS[:-1], "dwconv_bwd_scratch", "dsconv_bwd_scratch"} <= set(declared)
+    assert {*FUNCTIONS[:-2], "dwconv_bwd_scratch", "dsconv_bwd_scratch"} <= set(declared)
     symbols = subprocess.run(
         ["nm", "--dynamic", "--defined-only", "--demangle", build.library("effops_cuda_host")],
         capture_output=True, text=True, check=True,
@@ -102,7 +102,8 @@ def test_library_has_what_is_declared() -> None:
 # ---- the kernels of csrc/cuda, in every way that their host functions tell apart (cuda_host/problems.cu) -------------
 
 ONE_PATCH = "dsconv_fwd f32 1x40x17"  # it is filled again while its block of channels is multiplied
-FUNCTIONS = (*re.findall(r"^void (\w+)\(DType", KERNELS_H, re.MULTILINE), ONE_PATCH)
+PARTS_ONE_PATCH = "dsconv_parts_fwd f32 1x40x17"
+FUNCTIONS = (*re.findall(r"^void (\w+)\(DType", KERNELS_H, re.MULTILINE), ONE_PATCH, PARTS_ONE_PATCH)
 PLAIN, WATCHED = "29", "97"  # of so many calls one is made, without and with a sanitizer
 EVERYTHING = os.environ.get("EFFOPS_HOST_ALL") == "1"
 
@@ -146,6 +147,7 @@ MUTATED = [
     *("dwconv_bwd f32 2x16x9 window 3/1/1", "dwconv_stats f32 2x16x9 window 3/1/1"),
     *("dsconv_fwd f16 2x16x9 window 3/1/1", "dsconv_bwd f16 2x16x9 window 3/1/1"),
     ONE_PATCH,
+    *("dsconv_parts_fwd f16 2x16x9 window 7/1/1", "dsconv_parts_bwd f32 2x16x9 window 7/1/1", PARTS_ONE_PATCH),
 ]
 
 

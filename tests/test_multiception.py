@@ -38,24 +38,6 @@ Pair = tuple[int, int]
 Tensors = dict[str, Tensor | None]
 
 
-@pytest.fixture
-def backend(backend: str) -> str:
-    """The backends that have kernels for several windows."""
-    return skip_cuda(backend)
-
-
-@pytest.fixture
-def float16_backend(float16_backend: str) -> str:
-    """Those of them that take float16."""
-    return skip_cuda(float16_backend)
-
-
-def skip_cuda(backend: str) -> str:
-    if backend == "cuda":
-        pytest.skip("there are no CUDA kernels for several windows")
-    return backend
-
-
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     """Hundreds of tiny calls: waking a second thread for each would take most of the time."""
@@ -401,17 +383,25 @@ def test_flops(backend: str) -> None:
 
 def test_refusals(cpp: str) -> None:
     x, weights, pw = torch.randn(1, 4, 5, 5), [torch.randn(4, 1, 3, 3)], torch.randn(2, 4, 1, 1)
-    with pytest.raises(RuntimeError, match="it has no kernels for multiception_conv2d"):
-        EF.multiception_conv2d(x, weights, pw, backend="cuda")
     with pytest.raises(RuntimeError, match="supports neither functorch transforms"):
         torch.func.vmap(lambda t: DSConvParts2dFunction.apply(
             t, None, None, None, pw, None, None, None, None, [1] * 15, [0.0, 0.0], cpp, *weights))(x[None])  # fmt: skip
-    with pytest.raises(ValueError, match="no kernels of a backend 'reference'; accepted: 'triton', 'cpp'"):
+    with pytest.raises(ValueError, match="no kernels of a backend 'reference'; accepted: 'triton', 'cuda', 'cpp'"):
         DSConvParts2dFunction.apply(x, *[None] * 8, [1] * 15, [0.0, 0.0], "reference", *weights)
     explained = effops.explain(
         lambda: EF.multiception_conv2d(x, [*weights, pw.new_ones(4, 1, 5, 5)], pw.repeat(1, 2, 1, 1))
     )
     assert [(call.kernel, call.backend) for call in explained.calls] == [("3x3, 5x5 + 1x1", "cpp")]
+
+
+def test_many_windows(cuda: str) -> None:
+    """The CUDA kernels take seven side by side."""
+    x, pw = torch.randn(1, 2, 5, 4), torch.randn(3, 16, 1, 1)
+    weights = [torch.randn(2, 1, size, 3) for size in (1, 3, 1, 3, 5, 1, 3, 7)]
+    found = EF.multiception_conv2d(x, weights[:7], pw[:, :14], backend=cuda)
+    torch.testing.assert_close(found, EF.multiception_conv2d(x, weights[:7], pw[:, :14], backend="reference"))
+    with pytest.raises(RuntimeError, match="8 windows side by side are more than the 7 that it takes"):
+        EF.multiception_conv2d(x, weights, pw, backend=cuda)
 
 
 # ---- messages -------------------------------------------------------------------------------------------------------

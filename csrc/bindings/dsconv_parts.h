@@ -93,6 +93,7 @@ struct DsconvPartsBindings {
     args.num_parts = static_cast<index_t>(parts.args.size());
     args.input = tensor_ref(input);
     args.passthrough_channels = args.keep = 0;
+    args.tf32 = false;  // the operator's integers have no place for it
     check_map(pw_weight, input, "pw_weight");
     args.K = pw_weight.size(0);
     STD_TORCH_CHECK(args.K >= 1, "effops::dsconv_parts: pw_weight must have at least one output channel");

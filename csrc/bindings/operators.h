@@ -4,6 +4,7 @@
 #include "csrc/bindings/blurmaxpool.h"
 #include "csrc/bindings/bsconv.h"
 #include "csrc/bindings/dsconv.h"
+#include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/dwconv.h"
 #include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/se.h"
@@ -28,4 +29,6 @@
     library.impl("blur_max_pool_bwd" suffix, TORCH_BOX(&BlurMaxPoolBindings<Kernels>::backward));      \
     library.impl("sepconv_fwd" suffix, TORCH_BOX(&SepconvBindings<Kernels>::forward));                 \
     library.impl("sepconv_bwd" suffix, TORCH_BOX(&SepconvBindings<Kernels>::backward));                \
+    library.impl("dsconv_parts_fwd" suffix, TORCH_BOX(&DsconvPartsBindings<Kernels>::forward));        \
+    library.impl("dsconv_parts_bwd" suffix, TORCH_BOX(&DsconvPartsBindings<Kernels>::backward));       \
   } while (false)

@@ -1,5 +1,4 @@
 // The operators for the CPU key.
-#include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/effnet.h"
 #include "csrc/bindings/operators.h"
 #include "csrc/cpu/runtime.h"
@@ -62,8 +61,6 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
   library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
-  library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
-  library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
   library.impl("effnet_fwd", TORCH_BOX(&EffnetBindings<CpuKernels>::forward));
 }
 

@@ -139,10 +139,12 @@ decltype(auto) with_backward(DType dtype, const DsconvBackwardArgs& args, const 
 }  // namespace
 
 std::size_t dsconv_bwd_scratch(DType dtype, const DsconvBackwardArgs& args, const Device& device) {
+  if (args.forward.parts != nullptr) return dsconv_parts_bwd_scratch(dtype, args, device);
   return with_backward(dtype, args, device, [](const auto& backward) { return backward.scratch_bytes(); });
 }
 
 void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream) {
+  if (args.forward.parts != nullptr) return dsconv_parts_bwd(dtype, args, device, scratch, stream);
   with_backward(dtype, args, device, [&](const auto& backward) { backward.run(scratch, stream); });
 }
 

@@ -18,7 +18,8 @@
 //   28 + 28 -> 28         half-identity: x, passed and y, 168 bytes a pixel: 67 MB, 16 us; copies weigh more a channel
 //                         of z, and 4 of 32 are padding: some 80 instructions x 11 million, 30 us. Two perfect
 //                         kernels: 47 us.
-#include "csrc/cuda/dsconv_pointwise.h"
+#include "csrc/cuda/dsconv_forward.h"
+
 #include "csrc/cuda/sum.h"
 
 namespace effops::cuda {
@@ -47,10 +48,7 @@ dsconv_forward_kernel(EFFOPS_PARAMS Forward<T> a) {
   Product product;
   PointwiseSums<T, N, Product>(a.layer, a.at, tables, origin, k_block * N)
       .run(k_block == 0 && a.kept.count > 0 ? &a.kept : nullptr, product);
-  C* tile = shared_at<C>(a.at.stages);
-  product.store(tile, tile_pitch(N, a.output.meeting.by_pixel));
-  barrier();
-  write_output<N>(a.layer, a.output, tables, origin, k_block * N, shared_at<C>(a.at.affine), tile);
+  write_product<N>(a.layer, a.output, a.at, tables, origin, k_block * N, product);
 }
 
 // ---- host ----
@@ -70,21 +68,16 @@ void launch_forward(const DsconvForwardArgs& args, const Device& device, Stream 
   launch(dsconv_forward_kernel<T, TF32, N>, grid_of(blocks, kThreads, shared), stream, a);
 }
 
-// The widest tiles: 64 x 256 sums are 64 registers of a thread; float and double have a fourth of a warp's products.
-template <class T>
-constexpr int kWidest = sizeof(T) == 8 ? 64 : 128;
-
 template <class T, bool TF32>
 void forward(const DsconvForwardArgs& args, const Device& device, Stream stream) {
   if (pixels_of(args.g) == 0) return;
-  const index_t tiles = ceil_div<index_t>(pixels_of(args.g), kSlots);
-  with_width<32, kWidest<T>>(args.K, tiles, device,
-                             [&](auto width) { launch_forward<T, TF32, width>(args, device, stream); });
+  with_output_width<T>(args, device, [&](auto width) { launch_forward<T, TF32, width>(args, device, stream); });
 }
 
 }  // namespace
 
 void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream) {
+  if (args.parts != nullptr) return dsconv_parts_fwd(dtype, args, device, stream);
   with_types(dtype, args.tf32, [&](auto element, auto products) {
     forward<decltype(element), decltype(products)::value>(args, device, stream);
   });

@@ -40,6 +40,11 @@ void dwconv_stats_bwd(DType dtype, const DwconvStatsBackwardArgs& args, const De
 void dsconv_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream);
 void dsconv_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
 
+// Where args.parts are there, those three are these.
+std::size_t dsconv_parts_bwd_scratch(DType dtype, const DsconvBackwardArgs& args, const Device& device);
+void dsconv_parts_fwd(DType dtype, const DsconvForwardArgs& args, const Device& device, Stream stream);
+void dsconv_parts_bwd(DType dtype, const DsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
+
 void bsconv_fwd(DType dtype, const BsconvForwardArgs& args, const Device& device, void* scratch, Stream stream);
 void bsconv_bwd(DType dtype, const BsconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
 

@@ -72,6 +72,8 @@ EFFOPS_DEVICE void block_sums(const Lanes& lanes, int turn, C (&v)[N]) {
 struct SumTarget {
   void* data = nullptr;
   DType dtype = DType::f32;
+  int row = 0;  // elements of a row, where rows lie `pitch` elements apart; 0: there is one
+  index_t pitch = 0;
 };
 
 constexpr int kMaxVectors = 3;  // bias, scale, shift
@@ -132,7 +134,9 @@ sum_lines_kernel(EFFOPS_PARAMS SumLines a) {
   const int segment = static_cast<int>(column / a.D), o = static_cast<int>(column % a.D);
   EFFOPS_UNROLL
   for (int i = 0; i < kMaxVectors; ++i) {  // a constant index: the parameters stay where they are
-    if (segment == i && a.vector[i].data != nullptr) store_as(a.vector[i], o, sum);
+    const SumTarget& to = a.vector[i];
+    if (segment != i || to.data == nullptr) continue;
+    store_as(to, to.row == 0 ? o : o / to.row * to.pitch + o % to.row, sum);
   }
 }
 

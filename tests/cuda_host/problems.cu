@@ -17,6 +17,7 @@
 #include "tests/cuda_host/problems_dsconv.h"
 #include "tests/cuda_host/problems_dwconv.h"
 #include "tests/cuda_host/problems_mbconv.h"
+#include "tests/cuda_host/problems_parts.h"
 #include "tests/cuda_host/problems_se.h"
 #include "tests/cuda_host/problems_sepconv.h"
 
@@ -40,6 +41,7 @@ void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_se(sizes, visit);
   visit_blurmaxpool(sizes, visit);
   visit_sepconv(sizes, visit);
+  visit_parts(sizes, visit);
 }
 
 void record_launches() {

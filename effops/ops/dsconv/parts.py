@@ -15,6 +15,7 @@ from effops.ops.epilogue import Epilogue, output_gives_gradient
 from effops.ops.higher_order import KernelFunction, reference_gradients
 from effops.ops.registration import (
     Kernels,
+    cuda_kernels,
     fake_gradients,
     fake_output,
     kernels_of,
@@ -28,6 +29,7 @@ _ops = torch.ops.effops
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 PARTS_KERNELS = {
     "triton": triton_kernels("dsconv", "dsconv_parts_fwd", "dsconv_parts_bwd", "triton_parts"),
+    "cuda": cuda_kernels("dsconv_parts_fwd", "dsconv_parts_bwd"),
     "cpp": Kernels(_ops.dsconv_parts_fwd.default, _ops.dsconv_parts_bwd.default),
 }
 
