@@ -11,7 +11,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from cases import DsCase, DwCase, Epi
+from cases import BsCase, DsCase, DwCase, Epi
 from helpers import geometry_of, make_tensors
 from triton_problems import backward_arguments, forward_arguments
 from triton_traffic import Program, recorded
@@ -49,7 +49,7 @@ def _needs_triton(triton: str) -> None:
     """Skips where there is none."""
 
 
-def under(pixels: Iterable[Index], case: DwCase | DsCase, channel: bool = True) -> set[Index]:
+def under(pixels: Iterable[Index], case: DwCase | DsCase | BsCase, channel: bool = True) -> set[Index]:
     """Input elements under the windows of the output elements (n, o, p, q), without those in the padding.
 
     `channel=False`: of all input channels, as a pointwise convolution behind needs them.
@@ -260,3 +260,45 @@ def test_parts(split: bool, layout: str) -> None:
         (dx,) = dsconv_parts_bwd(torch.randn_like(y), None, *arguments, 1)
     programs = of_kernel(programs, "_input_gradient_kernel")
     each_stored_once(programs, dx)
+
+
+# Windows under which a patch's region has no pixel that no tap reads.
+REGIONS = ("3x3", "3x3-s2", "5x5")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("middle", [0, 5], ids=["one_product", "two_products"])
+@pytest.mark.parametrize("window", REGIONS)
+def test_pointwise_depthwise_forward(window: str, middle: int, layout: str) -> None:
+    """What is between the convolutions stays in scratch: a program reads x under its own windows, all channels."""
+    from effops.ops.bsconv.triton import bsconv_fwd
+
+    case = BsCase(id="traffic", layout=layout, k=40, m=middle, epi=Epi(bias=True), **WINDOWS[window])
+    tensors = make_tensors(case, torch.float32)
+    x = tensors["input"]
+    with recorded() as programs:
+        y = bsconv_fwd(*tensors.values(), geometry_of(case, x), [0.1, 0.2])
+    assert {program.kernel for program in programs} == {"_forward_kernel"}
+    each_stored_once(programs, y)
+    for program in programs:
+        assert program.loaded(x) == under(program.stored(y), case, channel=False)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("window", REGIONS)
+def test_inverted_residual_forward(window: str, layout: str) -> None:
+    """The same with a projection behind; its blocks of output channels each read x anew."""
+    from triton_problems_mbconv import Case, forward_arguments
+
+    from effops.ops.mbconv.triton import mbconv_fwd
+
+    case = BsCase(id="traffic", layout=layout, **WINDOWS[window])
+    (stride, _), (kernel, _) = case.stride, case.kernel
+    sizes = {"n": case.n, "c": case.c, "h": case.h, "w": case.w, "d": 40, "k": 35}
+    arguments = forward_arguments(Case(id="", kernel=kernel, stride=stride, layout=layout, **sizes), torch.float32)
+    with recorded() as programs:
+        y = mbconv_fwd(*arguments)
+    assert {program.kernel for program in programs} == {"_forward_kernel"}
+    each_stored_once(programs, y)
+    for program in programs:
+        assert program.loaded(arguments[0]) == under(program.stored(y), case, channel=False)

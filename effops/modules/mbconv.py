@@ -67,8 +67,8 @@ class InvertedResidual(FusedDSConv):
     The sub-modules are ordinary modules (nn.Identity where absent); dw and what follows it are a `FusedDSConv`'s, by
     its names. In eval mode everything is one kernel: neither e nor (without a squeeze-excite) z goes to memory. In
     training each batch norm takes its statistics as the convolution before it goes: the expansion and its norm are one
-    operator, dw and pw another, as in `FusedDSConv`. On backends without kernels for the whole (Triton, CUDA) the
-    expansion is torch's, followed by that other operator.
+    operator, dw and pw another, as in `FusedDSConv`. On a backend without kernels for the whole the expansion is
+    torch's, followed by that other operator.
 
     `load_state_dict` accepts the keys of torchvision's and timm's blocks: `inverted_residual_key_map`.
 

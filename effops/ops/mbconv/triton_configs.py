@@ -39,8 +39,8 @@ _FORWARD = {
     },
     "tf32": {
         (32, 256): (32, 32, 32, 8), (16, 256): (32, 32, 32, 8),
-        (64, 128): (32, 32, 32, 8), (32, 128): (32, 32, 32, 4), (16, 128): (32, 32, 32, 4),
-        (64, 64): (64, 32, 32, 8), (32, 64): (32, 32, 32, 4), (16, 64): (32, 32, 32, 4),
+        (64, 128): (32, 32, 32, 8), (32, 128): (32, 32, 32, 8), (16, 128): (32, 32, 32, 4),
+        (64, 64): (32, 32, 32, 8), (32, 64): (32, 32, 32, 4), (16, 64): (32, 32, 32, 4),
         (64, 32): (64, 32, 32, 8), (32, 32): (32, 32, 32, 4), (16, 32): (32, 32, 32, 4),
     },
     "ieee": {
@@ -49,8 +49,8 @@ _FORWARD = {
         (64, 32): (32, 16, 16, 4), (32, 32): (32, 16, 16, 4), (16, 32): (32, 16, 16, 4),
     },
     "double": {
-        (32, 64): (32, 16, 16, 8), (16, 64): (16, 16, 16, 4),
-        (32, 32): (32, 16, 16, 4), (16, 32): (16, 16, 16, 4),
+        (16, 64): (16, 16, 16, 4),
+        (32, 32): (32, 16, 16, 8), (16, 32): (16, 16, 16, 4),
     },
 }  # fmt: skip
 _INTERPRETED = (Config(64, 32, 32, 32, 4), 32)
@@ -74,7 +74,7 @@ def forward_config(x: Tensor, sizes: Sizes, k: int, vec: int) -> tuple[Config, i
         x: the input.
         k: output channels.
         vec: how many channels an access to the maps takes. Where it is one, the addresses need the registers of the
-            largest tiles.
+            largest tiles, and others twice the threads.
     """
     if L.INTERPRETED:
         return _INTERPRETED
@@ -83,6 +83,7 @@ def forward_config(x: Tensor, sizes: Sizes, k: int, vec: int) -> tuple[Config, i
     for (pixels, block_k), (block_x, block_c, block_e, warps) in tiles.items():
         if block_k > widest or (vec == 1 and pixels * block_k > 64 * 64):
             continue
+        warps = 8 if vec == 1 and pixels * block_k >= 32 * 128 else warps
         config = Config(block_x, min(block_c, max(triton.next_power_of_2(x.shape[1]), 16)), block_e, block_k, warps)
         if triton.cdiv(sizes.M, pixels) * triton.cdiv(k, block_k) >= L.processors(x):
             break
