@@ -146,6 +146,7 @@ MUTATED = [
     *("dwconv_bwd f32 2x16x9 window 3/1/1", "dwconv_stats f32 2x16x9 window 3/1/1"),
     *("dsconv_fwd f16 2x16x9 window 3/1/1", "dsconv_bwd f16 2x16x9 window 3/1/1"),
     ONE_PATCH,
+    *("bsconv_fwd f16 2x16x9 window 3/1/1", "mbconv_fwd f16 2x16x9 window 3/1/1"),
 ]
 
 
