@@ -40,6 +40,9 @@ REASONS: dict[str, str] = {
     "on sm_80 large patches leave one",
     "dsconv_": "sums of a 64-pixel product and the windows of the next z in registers: one or two "
     "blocks a processor by registers or shared memory, and copies a stage ahead",
+    "(bsconv|mbconv)_forward_kernel": "the sums of the expanded patch's product and of the projection's, and the "
+    "windows of the next z in registers: two blocks a processor by them (three spill on sm_90), fewer by the patch of "
+    "a large window in shared memory; copies a stage ahead",
     "epilogue_gradient_kernel<.*, 2>$": "sums, their window and taps beside the epilogue's values and three running "
     "sums; without recomputed sums (another instantiation) it has 50%",
     r"forward_kernel<.*Window<5, 5": "the 50 taps of two channels stay in registers: read again for each column they "

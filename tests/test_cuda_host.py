@@ -148,6 +148,7 @@ MUTATED = [
     *("dsconv_fwd f16 2x16x9 window 3/1/1", "dsconv_bwd f16 2x16x9 window 3/1/1"),
     ONE_PATCH,
     *("dsconv_parts_fwd f16 2x16x9 window 7/1/1", "dsconv_parts_bwd f32 2x16x9 window 7/1/1", PARTS_ONE_PATCH),
+    *("bsconv_fwd f16 2x16x9 window 3/1/1", "mbconv_fwd f16 2x16x9 window 3/1/1"),
 ]
 
 

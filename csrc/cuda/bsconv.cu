@@ -40,7 +40,7 @@ void forward(DType dtype, const BsconvForwardArgs& args, Run& run) {
   BsconvForwardArgs rest = args;
   if (args.mid.outputs > 0) rest.input = to_scratch(args.mid, args.input);
   if (expands_on_chip(dtype, g, run.device)) {
-    if (run.launching) expanded_depthwise(dtype, rest, run.device, run.stream);
+    if (run.launching) expanded_depthwise(dtype, rest, nullptr, run.device, run.stream);
     return;
   }
   const TensorRef expanded = to_scratch(args.pw, rest.input);

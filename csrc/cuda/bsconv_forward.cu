@@ -8,6 +8,9 @@
 //              |  windows and epilogue, 4 pixels x 2 channels a thread (dsconv_tile.h)
 //              v
 //        z [64 pixels][32] in shared memory, rounded  --8 or 16 bytes a thread-->  y
+//              |  for a squeeze-excite: 8 lanes a channel
+//              v
+//        sums over the box's pixels, [image][box][channel]
 //
 // As many blocks share the channels of a box as give every processor four; each reads x under the box once a block of
 // channels, from L2 but for the first time. Bytes a pixel of 16-bit maps: 2 (C + K) from and to memory, 2 C x 1.6 K / 32
@@ -34,14 +37,38 @@ struct Bsconv {
   ExpansionAt at;
   Kept<T> output;      // all channels
   int ranges, blocks;  // of blocks of channels; of them, those of a range
+  compute<T>* sums;    // [N][boxes of an image][channels] over the pixels; null: not wanted
 };
+
+// The sums of z over the box's pixels of each image; z is 0 where there is none. As many lanes as there are share a
+// channel.
+template <class T>
+EFFOPS_DEVICE void sum_pixels(const Bsconv<T>& a, const Origin& origin, int tile, int first, const T* z) {
+  constexpr int kLanes = kThreads / kBlockC<T>;
+  static_assert(kLanes <= kWarp);
+  const Box& box = a.layer.box;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes, channel = static_cast<int>(threadIdx.x) / kLanes;
+  const int pixels = box.rows * box.columns, lines = box.down * box.across;
+  EFFOPS_NO_UNROLL
+  for (int image = 0; image < box.images; ++image) {
+    compute<T> sum = 0;
+    EFFOPS_NO_UNROLL
+    for (int i = lane; i < pixels; i += kLanes) sum += to_compute(z[(image * pixels + i) * kPitch<T> + channel]);
+    EFFOPS_UNROLL
+    for (int mask = kLanes / 2; mask > 0; mask /= 2) sum += shuffle_xor(sum, mask);
+    const index_t n = origin.n + image;
+    if (lane > 0 || n >= a.layer.N || first + channel >= a.layer.g.D) continue;
+    a.sums[(n * lines + tile % lines) * a.layer.g.D + first + channel] = sum;
+  }
+}
 
 template <class T>
 EFFOPS_KERNEL(kThreads, kBlocks<T>)
 bsconv_forward_kernel(EFFOPS_PARAMS Bsconv<T> a) {
   const int range = static_cast<int>(blockIdx.x) % a.ranges, first = range * a.blocks;
   const int all = ceil_div(a.layer.g.D, kBlockC<T>), last = all - first < a.blocks ? all : first + a.blocks;
-  const Origin origin = origin_of(a.layer.box, static_cast<int>(blockIdx.x) / a.ranges);
+  const int tile = static_cast<int>(blockIdx.x) / a.ranges;
+  const Origin origin = origin_of(a.layer.box, tile);
   const Tables tables = tables_of(a.at.tables, shared_at<index_t>(a.at.tables.patch_at));
   number_slots(a.layer.box, a.layer.g, tables);
   const LivePixels pixels = locate_live(a.layer, origin, tables.patch_at, shared_at<int>(a.at.places));
@@ -56,6 +83,7 @@ bsconv_forward_kernel(EFFOPS_PARAMS Bsconv<T> a) {
     patches.run(block, [&] { copy_taps(a.layer, channel, taps); });
     depthwise_tile(a.layer, tables, origin, channel, shared_at<T>(a.at.patch), taps, z, kPitch<T>);
     barrier();
+    if (a.sums != nullptr) sum_pixels(a, origin, tile, channel, z);
     if (a.output.meeting.vector) {
       keep_channels<kVector<T>>(a.layer, tables, origin, a.output, channel, z);
     } else {
@@ -82,7 +110,7 @@ Box box_for(const DepthwiseGeometry& g, const Device& device) {
 }
 
 template <class T>
-void launch_bsconv(const BsconvForwardArgs& args, const Device& device, Stream stream) {
+void launch_bsconv(const BsconvForwardArgs& args, void* sums, const Device& device, Stream stream) {
   const Box box = box_for<T>(args.g, device);
   Bsconv<T> a{};
   a.layer = layer_of<T>(depthwise_half(args), box);
@@ -90,6 +118,7 @@ void launch_bsconv(const BsconvForwardArgs& args, const Device& device, Stream s
   Carver all;
   carve_expansion<T>(a.layer.g, box, all, a.at);
   a.output = {map_of<T>(args.output), 0, a.layer.g.D, meeting_of<T>(args.g.C, {args.output})};
+  a.sums = static_cast<compute<T>*>(sums);
   const index_t tiles = tiles_of(box, args.g.N), blocks = ceil_div(a.layer.g.D, kBlockC<T>);
   a.blocks = narrow(ceil_div(blocks, std::min(blocks, ceil_div<index_t>(4 * device.processors, tiles))));
   a.ranges = narrow(ceil_div<index_t>(blocks, a.blocks));
@@ -103,8 +132,15 @@ bool expands_on_chip(DType dtype, const DepthwiseGeometry& g, const Device& devi
                     [&](auto element, auto) { return box_for<decltype(element)>(g, device).patch_rows > 0; });
 }
 
-void expanded_depthwise(DType dtype, const BsconvForwardArgs& args, const Device& device, Stream stream) {
-  with_types(dtype, false, [&](auto element, auto) { launch_bsconv<decltype(element)>(args, device, stream); });
+int parts_of_image(DType dtype, const DepthwiseGeometry& g, const Device& device) {
+  return with_types(dtype, false, [&](auto element, auto) {
+    const Box box = box_for<decltype(element)>(g, device);
+    return box.down * box.across;
+  });
+}
+
+void expanded_depthwise(DType dtype, const BsconvForwardArgs& args, void* sums, const Device& device, Stream stream) {
+  with_types(dtype, false, [&](auto element, auto) { launch_bsconv<decltype(element)>(args, sums, device, stream); });
 }
 
 }  // namespace effops::cuda

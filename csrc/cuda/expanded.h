@@ -9,7 +9,10 @@ namespace effops::cuda {
 // bsconv_forward.cu: pointwise -> depthwise; args.mid is left aside. Whether shared memory has room for the patch of
 // the expanded map under a pixel:
 bool expands_on_chip(DType dtype, const DepthwiseGeometry& g, const Device& device);
-void expanded_depthwise(DType dtype, const BsconvForwardArgs& args, const Device& device, Stream stream);
+// `sums`, where it is not null: of the result over parts of an image's pixels, [N][parts_of_image][K] of the compute
+// type.
+int parts_of_image(DType dtype, const DepthwiseGeometry& g, const Device& device);
+void expanded_depthwise(DType dtype, const BsconvForwardArgs& args, void* sums, const Device& device, Stream stream);
 
 // mbconv_forward.cu: pointwise -> depthwise -> pointwise. Whether one kernel is the way to go:
 bool pays_in_one_kernel(DType dtype, const MbconvForwardArgs& args, const Device& device);

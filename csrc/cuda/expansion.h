@@ -48,7 +48,8 @@ struct Expansion {
   EpilogueRef epilogue;
 };
 
-// The pixels under a box that exist: how many, and in the tables where each is in the input and in the patch.
+// The pixels under a box that exist: how many, and in the tables where each is in the input (-1: no window has a tap
+// there, it need not be read) and in the patch.
 struct LivePixels {
   int count;
   const index_t* at;
@@ -71,17 +72,19 @@ EFFOPS_DEVICE LivePixels locate_live(const Layer<T>& layer, const Origin& origin
   const Box& box = layer.box;
   const Sizes& g = layer.g;
   const int top = origin.p * g.stride_h - g.pad_top, left = origin.q * g.stride_w - g.pad_left;
-  const int p_left = g.P - origin.p, q_left = g.Q - origin.q;
-  const LiveRange rows = live_range(top, p_left < box.rows ? p_left : box.rows, g.stride_h, g.dilation_h, g.R, g.H);
-  const LiveRange columns =
-      live_range(left, q_left < box.columns ? q_left : box.columns, g.stride_w, g.dilation_w, g.S, g.W);
+  const int below = g.P - origin.p, p_count = below < box.rows ? below : box.rows;
+  const int behind = g.Q - origin.q, q_count = behind < box.columns ? behind : box.columns;
+  const LiveRange rows = live_range(top, p_count, g.stride_h, g.dilation_h, g.R, g.H);
+  const LiveRange columns = live_range(left, q_count, g.stride_w, g.dilation_w, g.S, g.W);
   const index_t images = layer.N - origin.n < box.images ? layer.N - origin.n : box.images;
   const int count = static_cast<int>(images) * rows.count * columns.count;
   EFFOPS_NO_UNROLL
   for (int i = threadIdx.x; i < count; i += kThreads) {
     const int line = i / columns.count, image = line / rows.count;
     const int row = rows.first + line % rows.count, column = columns.first + i % columns.count;
-    at[i] = (origin.n + image) * layer.x.n + (top + row) * layer.x.h + (left + column) * layer.x.w;
+    const bool wanted =
+        has_tap(row, p_count, g.R, g.stride_h, g.dilation_h) && has_tap(column, q_count, g.S, g.stride_w, g.dilation_w);
+    at[i] = wanted ? (origin.n + image) * layer.x.n + (top + row) * layer.x.h + (left + column) * layer.x.w : -1;
     places[i] = (image * box.patch_rows + row) * box.patch_columns + column;
   }
   return {count, at, places};
@@ -153,7 +156,8 @@ class ExpandedPatches {
     copy_rows<T, kStepC<T>>(layer_.read_x, stage(0), kStepPitch<T>, kSlots, next_channel_, expansion_.inputs,
                             [&](int i) {
                               const int pixel = next_pixel_ + i;
-                              return pixel < pixels_.count ? layer_.x.data + pixels_.at[pixel] : nullptr;
+                              const index_t at = pixel < pixels_.count ? pixels_.at[pixel] : -1;
+                              return at < 0 ? nullptr : layer_.x.data + at;
                             });
     const T* origin = expansion_.matrix + d * expansion_.matrix_d;
     copy_rows<T, kStepC<T>>(expansion_.read_matrix, stage(at_.matrix), kStepPitch<T>, kBlockC<T>, next_channel_,

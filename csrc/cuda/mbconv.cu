@@ -1,15 +1,16 @@
 // Room mbconv: the calls that it is made of, and the scratch they share. Unverified on a device.
 //
 //   forward     x --one kernel--> y                                                          (mbconv_forward.cu)
-//          or   x --expansion, window in one kernel--> z (bsconv_forward.cu; dwconv without an expansion)
-//               z --sums, gates, in place--> z    of a squeeze-excite (se.h)
-//               z --projection--> y               (pointwise.h)
+//          or   x --expansion, window in one kernel--> z, sums over its pixels     (bsconv_forward.cu)
+//               sums --gates--> z * gates, in place, of a squeeze-excite           (se.h)
+//               z --projection--> y                                                (pointwise.h)
 //
 // The second way is a squeeze-excite's, whose gates depend on all of z. It is also the faster one
 //   * for more than 128 output channels: a second tile of them would expand all channels once more, some 80 instructions
 //     an element of z against the four bytes that it takes to write and read it;
 //   * for fewer boxes than processors (7 x 7 maps at batch 1): its blocks share the channels too.
-// The expanded map is in memory in neither. Without expansion and squeeze-excite all of it is room dsconv.
+// The expanded map is in memory in neither. Without an expansion z is dwconv's, and all of it room dsconv's where there
+// is no squeeze-excite either.
 //
 //   backward    x --expansion--> e                                   computed again, into scratch
 //               grad_output, e --dsconv_bwd--> grad_e                and all gradients behind the expansion
@@ -24,9 +25,8 @@
 //   scratch     forward   z | sums and values of the squeeze-excite | what one call at a time wants
 //               backward  e | grad_e | z | z * gates | g | the same
 //
-// What nobody asked for is left out. Bytes a pixel of 16-bit maps, stride 1: forward with a squeeze-excite 2 (C + K + 6 D):
-// z is written, read for its sums, read and written for the gates, read by the projection from 128 output channels on
-// once more; backward without one 2 (2 C + 8 D + 2 K) and more where epilogues are. float16, 24 -> 144 -> 24, 56 x 56,
+// What nobody asked for is left out. Bytes a pixel of 16-bit maps, stride 1: forward with a squeeze-excite 2 (C + K + 4 D):
+// z is written, read and written for the gates, and read by the projection (from L2 by further output channels); backward without one 2 (2 C + 8 D + 2 K) and more where epilogues are. float16, 24 -> 144 -> 24, 56 x 56,
 // batch 128: 2496 bytes backward, 1 GB, 233 us on an H200 (4.3 TB/s). Calculated, nothing measured.
 #include "csrc/cuda/expanded.h"
 #include "csrc/cuda/math.h"
@@ -51,17 +51,39 @@ PointwiseForwardArgs projection_of(const MbconvForwardArgs& args, const TensorRe
   return {g.N, g.P, g.Q, {m.data, m.stride_out, m.stride_in, g.C, args.K, args.epilogue}, z, args.output};
 }
 
-// A squeeze-excite of z: the values of its products, and what they are made from.
+// The sums of z over parts of an image's pixels, in scratch.
+class PixelSums {
+ public:
+  PixelSums(DType dtype, const GatedMaps& maps, int lines, Run& run)
+      : data_(run.scratch.take(static_cast<std::size_t>(maps.N * lines * maps.C) *
+                               (dtype == DType::f64 ? sizeof(double) : sizeof(float)))),
+        lines_(lines) {}
+  void* data() const { return data_; }
+  operator ImageSums() const { return {data_, lines_}; }
+
+ private:
+  void* data_;
+  int lines_;
+};
+
+GatedMaps maps_of(const MbconvForwardArgs& args) { return {args.g.N, args.g.C, args.g.P, args.g.Q}; }
+
+// Read from z.
+PixelSums sums_of(DType dtype, const GatedMaps& maps, const TensorRef& z, Run& run) {
+  PixelSumsArgs args{maps, z, {}};
+  const PixelSums sums(dtype, maps, pixel_sum_lines(dtype, args, run.device), run);
+  args.sums = sums.data();
+  if (run.launching) pixel_sums(dtype, args, run.device, run.stream);
+  return sums;
+}
+
+// A squeeze-excite of z, whose sums these are.
 class Gates {
  public:
-  Gates(DType dtype, const MbconvForwardArgs& args, const TensorRef& z, Run& run)
-      : dtype_(dtype), excitation_(args.excitation), maps_{args.g.N, args.g.C, args.g.P, args.g.Q}, z_(z), run_(run) {
-    lines_ = pixel_sum_lines(dtype, {maps_, z, {}}, run.device);
-    sums_ = take(lines_);
+  Gates(DType dtype, const MbconvForwardArgs& args, const TensorRef& z, const ImageSums& sums, Run& run)
+      : dtype_(dtype), excitation_(args.excitation), maps_(maps_of(args)), z_(z), run_(run) {
     values_ = excitation_values(dtype, maps_, excitation_, run.scratch);
-    if (!run.launching) return;
-    pixel_sums(dtype, {maps_, z, {}, sums_}, run.device, run.stream);
-    excitation(dtype, maps_, {sums_, lines_}, excitation_, values_, run.stream);
+    if (run.launching) excitation(dtype, maps_, sums, excitation_, values_, run.stream);
   }
 
   // z * gates, which may be z.
@@ -72,10 +94,10 @@ class Gates {
   // From the gradient of z * gates, in place, to that of z; `grads`: of weights and biases.
   void backward(const TensorRef& grad, const ExcitationGrads& grads, bool wants_z) const {
     PixelSumsArgs sums{maps_, z_, grad};
-    const int lines = pixel_sum_lines(dtype_, sums, run_.device);
-    sums.products = take(lines);
-    ExcitationGradientArgs args{maps_, {sums.products, lines}, excitation_, values_, grads};
-    if (wants_z) args.per_pixel = take(1);
+    const PixelSums products(dtype_, maps_, pixel_sum_lines(dtype_, sums, run_.device), run_);
+    sums.products = products.data();
+    ExcitationGradientArgs args{maps_, products, excitation_, values_, grads};
+    if (wants_z) args.per_pixel = PixelSums(dtype_, maps_, 1, run_).data();
     if (run_.launching) pixel_sums(dtype_, sums, run_.device, run_.stream);
     excitation_gradient(dtype_, args, run_);
     if (run_.launching && wants_z) {
@@ -84,21 +106,17 @@ class Gates {
   }
 
  private:
-  // [N][lines][C] of the compute type.
-  void* take(int lines) const {
-    const std::size_t element = dtype_ == DType::f64 ? sizeof(double) : sizeof(float);
-    return run_.scratch.take(static_cast<std::size_t>(maps_.N * lines * maps_.C) * element);
-  }
-
   const DType dtype_;
   const ExcitationRef& excitation_;
   const GatedMaps maps_;
   const TensorRef z_;
   Run& run_;
-  int lines_ = 0;
-  void* sums_ = nullptr;
   ExcitationValues values_{};
 };
+
+BsconvForwardArgs before_projection(const MbconvForwardArgs& args, const TensorRef& z) {
+  return {args.g, {}, expansion_of(args), args.input, z, args.dw_weight, args.dw_epilogue};
+}
 
 // The depthwise result, its epilogue behind it.
 void depthwise_half(DType dtype, const MbconvForwardArgs& args, const TensorRef& z, Run& run) {
@@ -107,10 +125,24 @@ void depthwise_half(DType dtype, const MbconvForwardArgs& args, const TensorRef&
     dwconv_fwd(dtype, {args.g, args.input, z, args.dw_weight, args.dw_epilogue}, run.device, run.stream);
     return;
   }
-  const BsconvForwardArgs half{args.g, {}, expansion_of(args), args.input, z, args.dw_weight, args.dw_epilogue};
+  const BsconvForwardArgs half = before_projection(args, z);
   run.scratch.lend(bsconv_fwd_scratch(dtype, half, run.device), [&](void* scratch) {
     if (run.launching) bsconv_fwd(dtype, half, run.device, scratch, run.stream);
   });
+}
+
+// The same through the gates of a squeeze-excite; the sums that they are made from are the kernel's, where it can.
+void gated_half(DType dtype, const MbconvForwardArgs& args, const TensorRef& z, Run& run) {
+  const GatedMaps maps = maps_of(args);
+  const BsconvForwardArgs half = before_projection(args, z);
+  if (expands(args) && expands_on_chip(dtype, args.g, run.device)) {
+    const PixelSums sums(dtype, maps, parts_of_image(dtype, args.g, run.device), run);
+    if (run.launching) expanded_depthwise(dtype, half, sums.data(), run.device, run.stream);
+    Gates(dtype, args, z, sums, run).apply(z);
+    return;
+  }
+  depthwise_half(dtype, args, z, run);
+  Gates(dtype, args, z, sums_of(dtype, maps, z, run), run).apply(z);
 }
 
 void forward(DType dtype, const MbconvForwardArgs& args, Run& run) {
@@ -125,8 +157,11 @@ void forward(DType dtype, const MbconvForwardArgs& args, Run& run) {
     return;
   }
   const TensorRef z = take_map(run, dtype, args.input, g.N, g.C, g.P, g.Q);
-  depthwise_half(dtype, args, z, run);
-  if (excites(args)) Gates(dtype, args, z, run).apply(z);
+  if (excites(args)) {
+    gated_half(dtype, args, z, run);
+  } else {
+    depthwise_half(dtype, args, z, run);
+  }
   if (run.launching) pointwise_forward(dtype, projection_of(args, z), run.device, run.stream);
 }
 
@@ -192,7 +227,7 @@ class Backward {
     const TensorRef z = map(g_.C, g_.P, g_.Q), gated = map(g_.C, g_.P, g_.Q);
     const DwconvForwardArgs depthwise{g_, expanded, z, forward_.dw_weight, forward_.dw_epilogue};
     if (run_.launching) dwconv_fwd(dtype_, depthwise, run_.device, run_.stream);
-    const Gates gates(dtype_, forward_, z, run_);
+    const Gates gates(dtype_, forward_, z, sums_of(dtype_, maps_of(forward_), z, run_), run_);
     gates.apply(gated);
     const TensorRef grad = to_hidden_ || to_gates ? map(g_.C, g_.P, g_.Q) : TensorRef{};
     PointwiseBackwardArgs projection{projection_of(forward_, gated), args_.grad_output, grad, args_.grad_project_weight,
