@@ -187,7 +187,7 @@ class _Triton(_OnGpus):
     """The Triton kernels of effops/ops/<op>/triton.py: CUDA GPUs, and the CPU where they are interpreted (tests)."""
 
     name = "triton"
-    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "mbconv", "se"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "mbconv", "se", "sepconv"}
     products = frozenset({"bsconv", "dsconv", "dsconv_parts", "mbconv"})  # operators with a matrix product
     missing = _why_no_triton()
     on_cpu = INTERPRETING

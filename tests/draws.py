@@ -229,13 +229,13 @@ def hold(case: DwCase | DsCase | BsCase, dtype: torch.dtype, backend: str) -> No
 
 
 def hold_parts(case: test_multiception.PartsCase, dtype: torch.dtype, backend: str) -> None:
-    test_multiception.test_forward(case, dtype, backend)
+    test_multiception.check_forward(case, dtype, backend)
     if not has_kinks(case.dw, case.pw):
         test_multiception.check_gradients(case, dtype, backend)
 
 
 def hold_sepconv(case: test_sepconv.SepCase, dtype: torch.dtype, backend: str) -> None:
-    test_sepconv.test_forward(case, backend, dtype)
+    test_sepconv.check_forward(case, dtype, backend)
     # In bfloat16 torch's chain pools rounded values: its choices are not the truth's.
     if not has_kinks(case.row, case.col) and (case.pool == "none" or dtype != torch.bfloat16):
         test_sepconv.check_gradients(case, dtype, backend)
@@ -245,10 +245,6 @@ def hold_mbconv(case: test_mbconv.Case, dtype: torch.dtype, backend: str) -> Non
     test_mbconv.test_values(case, dtype, backend)
     if not has_kinks(case.expand, case.dw, case.pw) and case.se_gate == "sigmoid" and case.se_activation not in KINKS:
         test_mbconv.check_gradients(case, dtype, backend)
-
-
-def hold_pool(case: test_blurmaxpool.PoolCase, dtype: torch.dtype, backend: str) -> None:
-    test_blurmaxpool.test_values_and_gradients(case, backend, dtype)
 
 
 @dataclass(frozen=True)
@@ -279,5 +275,7 @@ OPERATORS = {
     "sepconv": Operator("sepconv", sepconv, hold_sepconv, products=False),
     "mbconv": Operator("mbconv", mbconv, hold_mbconv),
     "se": Operator("se", squeeze_excite, test_se.check_values_and_gradients, products=False),
-    "blur_max_pool": Operator("blur_max_pool", blur_max_pool, hold_pool, products=False),
+    "blur_max_pool": Operator(
+        "blur_max_pool", blur_max_pool, test_blurmaxpool.check_values_and_gradients, products=False
+    ),
 }

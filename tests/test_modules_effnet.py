@@ -11,18 +11,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import require_backend
+from conftest import require_share
 from module_helpers import BN, bank_codes, compare, image, randomise
 from torch import nn
 
 from effops import modules
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "triton"))
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the operator."""
-    require_backend(request.param)
-    return request.param
+    return require_share(request.param, request.node)
 
 
 Layer = Callable[[Any], nn.Module]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import ACTIVATIONS, Epi, ids
-from conftest import require_backend
+from conftest import require_share
 from helpers import (
     activate,
     as_leaves,
@@ -19,6 +19,7 @@ from helpers import (
     draw,
     generator,
     gradients,
+    interpreted,
     lay_out,
     memory_format_of,
     present,
@@ -31,16 +32,28 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import effops
 import effops.functional as EF
+from effops.ops.sepconv import KERNELS
 
 ops = torch.ops.effops
 Tensors = dict[str, Tensor | None]
 
 
-@pytest.fixture(params=("reference", "cpp", "cuda"))
+@pytest.fixture(params=("reference", "cpp", "triton", "cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the operator."""
-    require_backend(request.param)
-    return request.param
+    return require_share(request.param, request.node)
+
+
+@pytest.fixture(params=("cpp", "triton", "cuda"))
+def kernels(request: pytest.FixtureRequest) -> str:
+    """Those of them with kernels for it."""
+    return require_share(request.param, request.node)
+
+
+@pytest.fixture
+def operators(kernels: str) -> tuple[Callable, Callable]:
+    """Their operators, forward and backward."""
+    return KERNELS[kernels]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -180,15 +193,23 @@ def grad_output_of(case: SepCase, shape: torch.Size) -> Tensor:
 
 
 # The reference is torch's own chain: its rounding is torch's, so that float64 tells all.
-KERNELS = ("cpp", "cuda")
-RUNS = [("reference", torch.float64), *((name, dtype) for name in KERNELS for dtype in (torch.float64, torch.float32))]
-HALVES = [("cpp", torch.bfloat16), ("cuda", torch.bfloat16), ("cuda", torch.float16)]
+RUNS = [
+    ("reference", torch.float64),
+    *((name, dtype) for name in ("cpp", "triton", "cuda") for dtype in (torch.float64, torch.float32)),
+]
+HALF = [
+    ("cpp", torch.bfloat16),
+    *((name, dtype) for name in ("triton", "cuda") for dtype in (torch.bfloat16, torch.float16)),
+]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*RUNS, *HALVES], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [*RUNS, *HALF], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_forward(case: SepCase, name: str, dtype: torch.dtype) -> None:
-    require_backend(name)
+def test_forward(case: SepCase, name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    check_forward(case, dtype, require_share(name, request.node))
+
+
+def check_forward(case: SepCase, dtype: torch.dtype, name: str) -> None:
     tensors = make_tensors(case, dtype)
     out, truth = call(tensors, case, name), oracle(to_float64(tensors), case)
     expected = torch.empty(truth.shape, device="meta", memory_format=memory_format_of(tensors["input"]))
@@ -213,39 +234,37 @@ def check_gradients(case: SepCase, dtype: torch.dtype, backend: str) -> None:
 
 @pytest.mark.parametrize(("name", "dtype"), RUNS, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
-def test_gradients(case: SepCase, name: str, dtype: torch.dtype) -> None:
-    require_backend(name)
+def test_gradients(case: SepCase, name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    require_share(name, request.node)
     check_gradients(case, dtype, name)
 
 
-# In half precision torch's chain pools rounded values: its choices differ from the truth's; and see test_dwconv.smooth.
+# In half types torch's chain pools rounded values, so its choices differ from the truth's; and see test_dwconv.smooth.
 SMOOTH = [replace(c, pool="none") for c in CASES if c.id in ("effnet_v1-cl", "multiplier2-nchw", "float_params")]
 
 
-@pytest.mark.parametrize(("name", "dtype"), HALVES, ids=str)
+@pytest.mark.parametrize(("name", "dtype"), HALF, ids=str)
 @pytest.mark.parametrize("case", SMOOTH, ids=ids(SMOOTH))
-def test_gradients_in_half_precision(case: SepCase, name: str, dtype: torch.dtype) -> None:
-    require_backend(name)
+def test_gradients_half(case: SepCase, name: str, dtype: torch.dtype, request: pytest.FixtureRequest) -> None:
+    require_share(name, request.node)
     check_gradients(case, dtype, name)
 
 
-@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str, name: str) -> None:
-    require_backend(name)
+def test_activations(activation: str, kernels: str) -> None:
     for prefix in ("row", "col"):
         epi = Epi(bias=True, shift=True, activation=activation, post_activation=activation, slope=0.2)
         case = replace(CASES[0], id=activation, **{prefix: epi})
-        check_gradients(case, torch.float64, name)
+        if interpreted(kernels):
+            case = replace(case, c=8, h=4, w=6)
+        check_gradients(case, torch.float64, kernels)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("special", (None, float("nan"), float("inf"), float("-inf")))
-@pytest.mark.parametrize("name", KERNELS)
-def test_pool_chooses_as_torch_does(name: str, special: float | None, layout: str, dtype: torch.dtype) -> None:
+def test_pool_chooses_as_torch_does(special: float | None, layout: str, dtype: torch.dtype, kernels: str) -> None:
     """Small integers make ties common and every sum exact: gradients are equal to the bit, so are the places of NaN."""
-    require_backend(name)
     case = SepCase(id="ties", c=21, h=8, w=10, pool="both", layout=layout, data="exact")
     tensors = make_tensors(case, dtype)
     # A weight of one tap hands values on unchanged, NaNs and infinities side by side included.
@@ -258,7 +277,7 @@ def test_pool_chooses_as_torch_does(name: str, special: float | None, layout: st
         case = replace(case, kernel=(3, 1), padding=(0, 0, 1, 1))
     grad_output = grad_output_of(case, oracle(tensors, case).shape)
     expected_out, expected = gradients(lambda t: oracle(t, case), tensors, grad_output)
-    out, actual = gradients(lambda t: call(t, case, name), tensors, grad_output)
+    out, actual = gradients(lambda t: call(t, case, kernels), tensors, grad_output)
     torch.testing.assert_close(out, expected_out, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(actual["input"], expected["input"], rtol=0, atol=0, equal_nan=True)
     for weight in ("row_weight", "col_weight"):
@@ -299,7 +318,8 @@ def test_gradcheck(case: SepCase, check: Callable, backend: str) -> None:
     def function(*values: Tensor) -> Tensor:
         return call({**leaves, **dict(zip(names, values, strict=True))}, case, backend)
 
-    assert check(function, [leaves[name] for name in names])
+    # One random direction instead of the whole Jacobian for interpreted kernels, as in test_gradcheck.py.
+    assert check(function, [leaves[name] for name in names], fast_mode=interpreted(backend))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -320,22 +340,23 @@ def raw_arguments(case: SepCase, tensors: Tensors) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_every_mask_and_any_grad_output(layout: str, cpp: str) -> None:
+def test_every_mask_and_any_grad_output(layout: str, operators: tuple[Callable, Callable]) -> None:
     """Gradients come in schema order, only those asked for, the same whatever else is asked for."""
     case = replace(RAW, layout=layout)
     arguments = raw_arguments(case, make_tensors(case, torch.float64))
-    shape = ops.sepconv_fwd(**arguments).shape
+    forward, backward = operators
+    shape = forward(**arguments).shape
     grad_output = draw(shape, generator("masks"), "normal")
-    every = ops.sepconv_bwd(grad_output=grad_output, **arguments, mask=511)
-    masks = [0, *(1 << bit for bit in range(9)), *torch.randint(1, 511, (20,), generator=generator("m")).tolist()]
-    for mask in masks:
-        found = ops.sepconv_bwd(grad_output=grad_output, **arguments, mask=mask)
+    every = backward(grad_output=grad_output, **arguments, mask=511)
+    random = torch.randint(1, 511, (4 if "triton" in str(forward) else 20,), generator=generator("m"))
+    for mask in [0, *(1 << bit for bit in range(9)), *random.tolist()]:
+        found = backward(grad_output=grad_output, **arguments, mask=mask)
         expected = [grad for bit, grad in enumerate(every) if mask >> bit & 1]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
     for name in ("channels_last", "transposed", "cl_odd_chunk", "every_second"):
         strided = lay_out(grad_output, name, torch.float64)
-        found = ops.sepconv_bwd(grad_output=strided, **arguments, mask=511)
+        found = backward(grad_output=strided, **arguments, mask=511)
         for a, b in zip(found, every, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -498,9 +519,6 @@ def test_flops_and_explain(cpp: str) -> None:
     assert counter.get_total_flops() == 2 * (2 * 8 * 6 * 7 * 3 + 2 * 8 * 6 * 3 * 3)
     (found,) = effops.explain(lambda: chain(x, row, col, bias, "auto")).calls
     assert (found.kernel, found.output, found.backend) == ("1x3 + 3x1", "[2,8,3,3]", "cpp")
-    assert "it has no kernels for separable_conv_pool2d" in found.why_not["triton"]
-    with pytest.raises(RuntimeError, match="it has no kernels for separable_conv_pool2d"):
-        chain(x, row, col, bias, "triton")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from effops.ops.registration import (
     kernels_of,
     packets,
     register_fake,
+    triton_kernels,
 )
 from effops.ops.sepconv import reference
 from effops.ops.sepconv.reference import COL_ACTIVATION, COL_POST_ACTIVATION, POOL, POOL_COL, POOL_ROW
@@ -25,6 +26,7 @@ _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
 KERNELS = {
+    "triton": triton_kernels("sepconv", "sepconv_fwd", "sepconv_bwd"),
     "cuda": cuda_kernels("sepconv_fwd", "sepconv_bwd"),
     "cpp": Kernels(_ops.sepconv_fwd.default, _ops.sepconv_bwd.default),
 }
@@ -96,7 +98,7 @@ class SeparableConvPool2dFunction(KernelFunction):
         row_bias, row_scale, row_shift, bias, scale, shift: [D] or None.
         geometry: the 15 ints of `effops/schemas.inc`.
         slopes: [row slope, column slope].
-        backend: name of the backend whose kernels run, forward and backward ("cuda", "cpp").
+        backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
     Returns:
         [N,D,P,Q].
