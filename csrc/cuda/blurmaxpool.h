@@ -38,6 +38,13 @@ struct Blur {
   EFFOPS_HOST_DEVICE int reach() const { return size / 2; }
 };
 
+// Row `size` of Pascal's triangle, each the last one and its shift: no byte carries.
+EFFOPS_HOST_DEVICE constexpr std::uint64_t binomial_coefficients(index_t size) {
+  std::uint64_t row = 1;
+  for (index_t n = 1; n < size; ++n) row += row << kByte;
+  return row;
+}
+
 inline PoolSizes pool_sizes(const BlurMaxPoolArgs& a) {
   narrow(2 * (a.H + 2 * a.pool_top) + a.size);  // no sum of positions that a kernel forms is larger
   narrow(2 * (a.W + 2 * a.pool_left) + a.size);
@@ -46,22 +53,52 @@ inline PoolSizes pool_sizes(const BlurMaxPoolArgs& a) {
 }
 
 inline Blur blur_of(const BlurMaxPoolArgs& a) {
-  std::uint64_t coefficients = 1;  // of size 1; each row of Pascal's triangle is the last one and its shift: no carries
-  for (index_t n = 1; n < a.size; ++n) coefficients += coefficients << kByte;
-  return {
-      coefficients, 1.f / static_cast<float>(1 << (a.size - 1)),     narrow(a.size),
-      a.reflect,    {narrow(a.Hp), narrow(a.P), narrow(a.stride_h)}, {narrow(a.Wp), narrow(a.Q), narrow(a.stride_w)}};
+  return {binomial_coefficients(a.size),
+          1.f / static_cast<float>(1 << (a.size - 1)),
+          narrow(a.size),
+          a.reflect,
+          {narrow(a.Hp), narrow(a.P), narrow(a.stride_h)},
+          {narrow(a.Wp), narrow(a.Q), narrow(a.stride_w)}};
 }
 
-// How threads can reach the maps of a call.
+// Whether threads can own pairs of channels; whether columns of a row are told apart in 32 bits.
 template <class T>
-Access access_of(const BlurMaxPoolArgs& a) {
+bool pairs_of(const BlurMaxPoolArgs& a) {
   DepthwiseGeometry g{};
   g.C = a.C, g.multiplier = 1;
   Access access(g);
   for (const TensorRef& map : {a.input, a.output, a.grad_input}) access.need(map, sizeof(T));
-  return access;
+  return access.pairs();
 }
+inline bool short_columns(const BlurMaxPoolArgs& a) {
+  return std::max(a.input.w * a.W, a.output.w * a.Q) <= std::numeric_limits<int>::max();
+}
+
+// Windows of Window x Window and a filter of Size x Size with stride Stride.
+template <int Window, int Size, int Stride>
+bool is_known(const BlurMaxPoolArgs& a) {
+  return a.window_h == Window && a.window_w == Window && a.size == Size && a.stride_h == Stride &&
+         a.stride_w == Stride && short_columns(a);
+}
+
+// ---- the max pool ----
+
+// The larger of two values, or NaN where one of them is.
+EFFOPS_DEVICE double larger_or_nan(double a, double b) { return b > a || b != b ? b : a; }
+
+#ifdef EFFOPS_CUDA_HOST
+
+EFFOPS_DEVICE float larger_or_nan(float a, float b) { return b > a || b != b ? b : a; }
+
+#else
+
+EFFOPS_DEVICE float larger_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+#endif
 
 // ---- the blur ----
 
@@ -87,6 +124,12 @@ EFFOPS_DEVICE C blur_weight(const Blur& blur, const BlurAxis& axis, int from, in
 template <class C>
 EFFOPS_DEVICE C weighted(C weight, C value) {
   return weight == C(0) ? C(0) : weight * value;
+}
+
+// The nearest position of an axis. What is loaded for a position beyond an edge has no weight; what a pool window has
+// there is one of its own pixels once more.
+EFFOPS_DEVICE int clamped(int position, int length) {
+  return position < 0 ? 0 : position < length ? position : length - 1;
 }
 
 // begin .. end - 1
