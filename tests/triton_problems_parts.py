@@ -32,7 +32,7 @@ class Case:
     Attributes:
         parts: channels of each part where they are split; None: each part has all of them.
         full: every part of the epilogues; else a batch norm behind the windows and relu6 behind the matrix.
-        wanted: the gradients, as the mask's bits; None: all.
+        wanted: the gradients, as the mask's bits, of what there is; None: all.
     """
 
     id: str
@@ -90,7 +90,8 @@ class Case:
         arguments = self.forward(dtype, layout)
         output = torch.ops.effops.dsconv_parts_fwd(*arguments)  # its fake: shapes alone
         every = sum(1 << bit for bit, tensor in enumerate(arguments[:10]) if tensor is not None)
-        return (output, None if self.full else output, *arguments, every if self.wanted is None else self.wanted)
+        mask = every if self.wanted is None else every & self.wanted
+        return (output, None if self.full else output, *arguments, mask)
 
 
 POINTWISE = 0b111_000_000  # bias, scale and shift: the kernel at the pointwise sums alone
@@ -98,19 +99,22 @@ POINTWISE = 0b111_000_000  # bias, scale and shift: the kernel at the pointwise 
 CASES = [
     Case("k357-c96-k320-28x28-every_part", n=32, c=96, k=320, size=28, full=True),
     Case("k357-split240-k240-14x14-every_part", n=128, c=240, k=240, size=14, parts=(80, 80, 80), full=True),
-    Case("k357-c64-k64-56x56", n=32, c=64, k=64, size=56),
-    Case("k3579-split120-k24-28x28", n=32, c=120, k=24, size=28, kernels=(3, 5, 7, 9), parts=(30, 30, 30, 30)),
     Case("k35-c32-k64-56x56-s2", n=32, c=32, k=64, size=56, kernels=(3, 5), stride=2),
-    Case("k31-c64-k128-56x56", n=32, c=64, k=128, size=56, kernels=(3, 1)),
     Case("k33-c17-k13-19x19-one_by_one", n=2, c=17, k=13, size=19, kernels=(3, 3)),
-]
+    Case("k357-c64-k64-56x56", n=32, c=64, k=64, size=56, wanted=POINTWISE),
+    Case("k3579-split120-k24-28x28", n=32, c=120, k=24, size=28, kernels=(3, 5, 7, 9), parts=(30, 30, 30, 30),
+         wanted=POINTWISE),
+    Case("k31-c64-k128-56x56", n=32, c=64, k=128, size=56, kernels=(3, 1), wanted=POINTWISE),
+]  # fmt: skip
 FEW_PROGRAMS = [
     Case(f"k3-c64-k{k}-{size}x{size}-few_programs", n=1, c=64, k=k, size=size, kernels=(3,), full=True,
          wanted=POINTWISE)
     for k in (256, 128, 64, 32)
     for size in (70, 50)
 ]  # fmt: skip
-WIDE = Case("k35-c64-k64-1024x1024-64_bit", n=64, c=64, k=64, size=1024, kernels=(3, 5), full=True)
+WIDE = Case(
+    "k35-c64-k64-1024x1024-64_bit", n=64, c=64, k=64, size=1024, kernels=(3, 5), full=True, wanted=1 | POINTWISE
+)
 
 
 def problems() -> Iterator[RoomProblem]:

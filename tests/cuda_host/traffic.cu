@@ -176,17 +176,22 @@ void trace(const Call& call) {
   cuda_host::tracing = false;
 }
 
-// What the outputs that each block stores need of x, and that each is stored once.
-std::string forward(const Case& c, index_t K) {
+// What the outputs that each block stores need of x, and that each is stored once. parts: a 1x1 window beside the case's.
+std::string forward(const Case& c, index_t K, bool parts = false) {
   const DepthwiseGeometry g = c.geometry();
+  DepthwiseGeometry smallest = g;
+  smallest.R = smallest.S = 1;
+  smallest.pad_top = smallest.pad_left = 0;
   const index_t D = g.out_channels(), channels = K ? K : D;
   FloatMap x(g.N, g.C, g.H, g.W, c.channels_last), y(g.N, channels, g.P, g.Q, c.channels_last);
-  Buffer<float> weight(D * g.R * g.S), matrix(channels * D);
+  Buffer<float> weight(D * g.R * g.S), matrix(channels * D * 2);
+  const DepthwisePartArgs windows_of_parts[] = {{smallest, weight.data(), 0}, {g, weight.data(), 0}};
   trace([&] {
     if (K) {
       DsconvForwardArgs args{};
       args.g = g, args.K = K, args.input = x.ref(), args.output = y.ref(), args.dw_weight = weight.data();
-      args.pw_weight = matrix.data(), args.pw_stride_k = D, args.pw_stride_c = 1;
+      args.pw_weight = matrix.data(), args.pw_stride_k = parts ? 2 * D : D, args.pw_stride_c = 1;
+      if (parts) args.parts = windows_of_parts, args.num_parts = 2;
       cuda::dsconv_fwd(DType::f32, args, kDevice, nullptr);
     } else {
       cuda::dwconv_fwd(DType::f32, {g, x.ref(), y.ref(), weight.data(), {}}, kDevice, nullptr);
@@ -446,6 +451,9 @@ int main() try {
       for (const index_t K : {24, 160}) {
         const std::string name = "dsconv to " + std::to_string(K) + ", ";
         wrong += report((name + "forward").c_str(), c, forward(c, K));
+        if (c.R % 2 == 1 && c.padded && c.dilation == 1) {  // windows of one output size
+          wrong += report((name + "forward of two windows").c_str(), c, forward(c, K, true));
+        }
         wrong += report((name + "output gradient").c_str(), c, output_gradient(c, K, false));
         wrong += report((name + "output gradient from the output").c_str(), c, output_gradient(c, K, true));
         wrong += report((name + "z's gradient").c_str(), c, z_gradient(c, K));
