@@ -76,7 +76,7 @@ from effops.ops.dsconv.triton import (
     _wide,
 )
 from effops.ops.dsconv.triton_configs import pointwise_config, pointwise_configs
-from effops.ops.dwconv.triton import _gather_taps, _own_cells, input_gradient, weight_gradient
+from effops.ops.dwconv.triton import _gather_taps, input_gradient, weight_gradient
 from effops.ops.epilogue import NONE
 from effops.ops.registration import fake_output
 from effops.ops.triton_device import (
@@ -89,6 +89,7 @@ from effops.ops.triton_device import (
     depthwise_tile,
     epilogue,
     load_tile,
+    own_cells,
     store_tile,
 )
 
@@ -232,7 +233,7 @@ def _input_gradient_kernel(
     WINDOWS: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """The gradient of an input that all parts read. sizes: H and W are the sums', P and Q the input's."""
-    n, h, w, inside, c, live = _own_cells(sizes, cells, 1, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
+    n, h, w, inside, c, live = own_cells(sizes, cells, 1, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = tl.zeros((BLOCK_M, BLOCK_C), accumulator(dx.data.dtype.element_ty))
     for i in tl.static_range(_count(WINDOWS)):
         u = _gather_taps(u, grads[i], banks[i], n, h, w, inside, c, live, sizes, _window(WINDOWS, i), VEC)
@@ -331,7 +332,7 @@ def dsconv_parts_fwd(
     whole = parts.whole
     output = whole.map_of(whole.K)
     vectors = parts.vectors((residual, output))
-    config = pointwise_config("parts", input, parts.widest, whole.K, vectors.C, plain=False)
+    config = pointwise_config("parts", input, parts.widest.M, parts.widest.D, whole.K, vectors.C, plain=False)
     L.launch(
         _forward_kernel, triton.cdiv(whole.sizes.M, config.BLOCK_M) * triton.cdiv(whole.K, config.BLOCK_K), input,
         *parts.operands(), whole.affine, L.as_map(residual), L.as_map(output), whole.sizes,
@@ -352,7 +353,9 @@ def _output_gradient(parts: _Parts, grad: Tensor, output: Tensor | None, gradien
     residual_grad = gradients.map_of(_RESIDUAL, whole)
     residual = whole.residual if chain.POST != NONE else None
     vectors = parts.vectors((residual, grad, output, du, residual_grad))
-    config = pointwise_config("output_gradient", whole.input, parts.widest, whole.K, vectors.C, plain=False)
+    config = pointwise_config(
+        "output_gradient", whole.input, parts.widest.M, parts.widest.D, whole.K, vectors.C, plain=False
+    )
     rows = triton.cdiv(whole.sizes.M, config.BLOCK_M)
     partial = gradients.partial_sums(_BIAS, rows)
     L.launch(
