@@ -17,11 +17,11 @@ backward     what stood between is computed again, into scratch that is as large
              dsconv's kernels (`pointwise_backward`), of BSConv-S both. Deterministic.
 
 Calculated for fp16, channels_last, batch 128, 56 x 56, 3x3 on an H200 (4.3 TB/s, 790 TFLOP/s):
-             128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dots 1.4 x 17 us. The ring is
-             written once and read nine times, 10.4 x 103 MB through L1: 60 us at 128 bytes a clock and processor. Two
-             perfect kernels would take 96 us.
-             64 -> 128, middle 16 (BSConv-S)    x 51 MB + y 103 MB = 384 bytes a pixel: 36 us; the dots 4 us. The ring
-             as above, 60 us, so that L1 bounds it. Three perfect kernels: 90 us, of which 6 are the middle's.
+             128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dots 1.4 x 17 us. Through L1
+             pass the ring, written once and read nine times (10.4 x 103 MB), and x for each of four blocks (5.6 x 103
+             MB): 56 us at 128 bytes a clock and processor. Two perfect kernels would take 96 us.
+             64 -> 128, middle 16 (BSConv-S)    x 51 MB + y 103 MB = 384 bytes a pixel: 36 us; the dots 4 us. L1:
+             the ring as above, 1.2 GB with the rest, 41 us. Three perfect kernels: 90 us.
 """
 
 from __future__ import annotations

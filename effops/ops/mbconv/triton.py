@@ -22,9 +22,9 @@ backward     the expanded tensor is computed again, into scratch; room dsconv's 
 
 Calculated for fp16, channels_last, batch 128 on an H200 (4.3 TB/s, 790 TFLOP/s), 3x3, stride 1:
              24 -> 144 -> 24 at 56 x 56    x 19 MB + y 19 MB (+ residual): 96 bytes a pixel, 9 us; dots 7 GFLOP with the
-             halo's, 9 us; the ring passes L1 ten times, 116 MB each: 39 us at 128 bytes a clock and processor. Three
-             perfect kernels write and read 2 x 231 MB more: 116 us.
-             96 -> 576 -> 96 at 14 x 14    x and y 4.8 MB each: 2 us; dots 6 us; the ring 29 MB, ten times: 17 us. Three
+             halo's, 9 us; through L1 pass the ring, 10.4 x 116 MB, and x for each of five blocks: 45 us at 128 bytes a
+             clock and processor. Three perfect kernels write and read 2 x 231 MB more: 116 us.
+             96 -> 576 -> 96 at 14 x 14    x and y 4.8 MB each: 2 us; dots 8 us; L1 10.3 x 29 MB and x: 14 us. Three
              perfect kernels: 29 us.
 """
 
@@ -188,7 +188,7 @@ def _fused(x: Tensor, block: _Block) -> Tensor:
         L.vector_width((block.residual, output), (k,)), L.vector_width((expand.weight,), (x.shape[1],)),
         L.vector_width((project.weight,), (hidden,)),
     )  # fmt: skip
-    config, pixels = forward_config(x, sizes, k, min(vectors.X, vectors.Y))
+    config, pixels = forward_config(x, sizes, k, min(vectors.X, vectors.E, vectors.Y))
     tiling = tiling_of(pixels, config.BLOCK_X, sizes, window)
     items = tiling.patches * triton.cdiv(k, config.BLOCK_K)
     scratch = scratch_of(x, items, tiling.pixels, config.BLOCK_E, config.num_warps)

@@ -211,7 +211,8 @@ def _matrix_gradient_kernel(
         mask = (r < rows)[:, None] & (k < columns)[None, :]
         tl.store(grad_weight + at, total.to(grad_weight.dtype.element_ty), mask=mask)
     if grad_bias is not None:
-        first_columns = (r < rows) & (tl.program_id(0) % column_blocks == 0)
+        # `(r < rows) & (... == 0)` is no mask to 3.9's interpreter.
+        first_columns = tl.where(tl.program_id(0) % column_blocks == 0, r < rows, False)
         tl.store(grad_bias + r, bias.to(grad_bias.dtype.element_ty), mask=first_columns)
 
 
