@@ -172,6 +172,14 @@ def _take_row(maxima, INDEX: tl.constexpr, value, TAKEN: tl.constexpr):
 
 
 @triton.jit
+def _where_read(inside, weight, PERHAPS: tl.constexpr):
+    """The pixels whose patch has this row or column: those without a weight for it do not where it is one of MORE."""
+    if PERHAPS:
+        inside = inside & (weight != 0)
+    return inside
+
+
+@triton.jit
 def _blur(u, x, n, p, q, inside, c, live, extent, POOL: tl.constexpr, VEC: tl.constexpr):
     """The blurred maxima of output pixels (p, q), unrolled: every input pixel of the patch is loaded once."""
     acc: tl.constexpr = u.dtype
@@ -181,28 +189,33 @@ def _blur(u, x, n, p, q, inside, c, live, extent, POOL: tl.constexpr, VEC: tl.co
     first_row = p * POOL.SH - POOL.BEFORE
     first_column = q * POOL.SW - POOL.BEFORE
     row_weights = ()
+    column_weights = ()
     for i in tl.static_range(reach):
         row_weights = row_weights + (_blur_weight(first_row - POOL.MORE + i, first_row, extent.HP, POOL, acc),)
+        column_weights = column_weights + (
+            _blur_weight(first_column - POOL.MORE + i, first_column, extent.WP, POOL, acc),
+        )
     columns = ()  # of each input column the maxima that the pooled rows have there
     for dx in tl.static_range(reach + window_w - 1):
+        in_column = _where_read(inside, column_weights[0], dx < POOL.MORE)
         maxima = ()
         for _ in tl.static_range(reach):
             maxima = maxima + (tl.full(u.shape, float("-inf"), acc),)
         for dy in tl.static_range(reach + window_h - 1):
             h = first_row - POOL.MORE + dy - POOL.TOP
             w = first_column - POOL.MORE + dx - POOL.LEFT
-            value, _in_map = _load_pixel(x, n, h, w, inside, c, live, extent, acc, VEC)
+            read = _where_read(in_column, row_weights[0], dy < POOL.MORE)
+            value, _in_map = _load_pixel(x, n, h, w, read, c, live, extent, acc, VEC)
             for i in tl.static_range(reach):
                 maxima = _take_row(maxima, i, value, _covers(0, dy - i, window_h))
         columns = columns + maxima
         if dx >= window_w - 1:
-            column = first_column - POOL.MORE + (dx - (window_w - 1))
-            column_weight = _blur_weight(column, first_column, extent.WP, POOL, acc)
             for i in tl.static_range(reach):
                 pooled = columns[(dx - (window_w - 1)) * reach + i]
                 for b in tl.static_range(1, window_w):
                     pooled = _larger(pooled, columns[(dx - (window_w - 1) + b) * reach + i])
-                u = _add_weighted(u, pooled, (row_weights[i] * column_weight)[:, None])
+                weight = row_weights[i] * column_weights[dx - (window_w - 1)]
+                u = _add_weighted(u, pooled, weight[:, None])
     return u
 
 
@@ -310,20 +323,25 @@ def _gather(u, grad, won, n, h, w, inside, c, live, extent, POOL: tl.constexpr, 
     last_q = (w + POOL.LEFT + POOL.MORE + POOL.BEFORE) // POOL.SW
     for k in tl.static_range(rows):
         p = last_p - k
+        of_rows = tl.zeros(h.shape, acc)  # 0: no window's blur reaches the row p
         of_columns = ()  # of each column of windows, the sum of the rows' weights where the window is won
         for b in tl.static_range(window_w):
             weight = tl.zeros(u.shape, acc)
             for a in tl.static_range(window_h):
                 row_weight = _blur_weight(h + POOL.TOP - a, p * POOL.SH - POOL.BEFORE, extent.HP, POOL, acc)
                 weight += tl.where((won & (1 << (a * window_w + b))) != 0, row_weight[:, None], 0.0)
+                of_rows += row_weight
             of_columns = of_columns + (weight,)
         for j in tl.static_range(columns):
             q = last_q - j
+            reached = tl.zeros(h.shape, acc)
             weight = tl.zeros(u.shape, acc)
             for b in tl.static_range(window_w):
                 column_weight = _blur_weight(w + POOL.LEFT - b, q * POOL.SW - POOL.BEFORE, extent.WP, POOL, acc)
                 weight += of_columns[b] * column_weight[:, None]
-            u = _add_weighted(u, _load_gradient(grad, n, p, q, inside, c, live, extent, acc, VEC), weight)
+                reached += column_weight
+            read = inside & (of_rows != 0) & (reached != 0)
+            u = _add_weighted(u, _load_gradient(grad, n, p, q, read, c, live, extent, acc, VEC), weight)
     return u
 
 
@@ -349,7 +367,7 @@ def _gather_looped(u, x, grad, own, n, h, w, inside, c, live, extent, POOL: tl.c
             q = (column + POOL.MORE + POOL.BEFORE) // POOL.SW - k % columns
             weight = _blur_weight(row, p * POOL.SH - POOL.BEFORE, extent.HP, POOL, acc)
             weight *= _blur_weight(column, q * POOL.SW - POOL.BEFORE, extent.WP, POOL, acc)
-            g = _load_gradient(grad, n, p, q, inside, c, live, extent, acc, VEC)
+            g = _load_gradient(grad, n, p, q, inside & (weight != 0), c, live, extent, acc, VEC)
             u = _add_weighted(u, g, tl.where(won, weight[:, None], 0.0))
     return u
 

@@ -143,6 +143,8 @@ def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: i
     elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
     rows, maxnreg = _roomy(rows, maxnreg, channels, window, wide)
     if kernel == "input_gradient" and unrolled:
+        if max(window.R, window.S) > 5:  # the table's cells are for 3x3: four rows of a 1x9 window spill
+            rows = min(rows, 2)
         rows = max(window.SH, rows // window.SW // window.SH * window.SH)
     if L.INTERPRETED:
         return Tile(64, 16, rows, unrolled, _WARPS, None)

@@ -294,7 +294,7 @@ class _Convolution(NamedTuple):
         return dwconv_bwd(grad, None, x, self.weight, *self.vectors, None, self.geometry, self.slope, mask)
 
 
-def _convolutions(
+def convolutions(
     row_weight: Tensor, row: Vectors, col_weight: Tensor, col: Vectors, geometry: list[int], slopes: list[float]
 ) -> tuple[_Convolution, _Convolution]:
     return (
@@ -332,7 +332,7 @@ def _launch_pairs(
     )  # fmt: skip
 
 
-def _row_result(x: Tensor, row: _Convolution) -> Tensor:
+def row_result(x: Tensor, row: _Convolution) -> Tensor:
     """z: what the column convolution reads."""
     if not row.pooled:
         return row.forward(x)
@@ -342,7 +342,7 @@ def _row_result(x: Tensor, row: _Convolution) -> Tensor:
     return z
 
 
-def _through_pool(grad: Tensor, x: Tensor, convolution: _Convolution, rows: int) -> Tensor:
+def through_pool(grad: Tensor, x: Tensor, convolution: _Convolution, rows: int) -> Tensor:
     """The gradient at the convolution's results from that of what the pool made of them."""
     if not convolution.pooled:
         return grad
@@ -358,7 +358,7 @@ def sepconv_fwd(
     slopes: list[float],
 ) -> Tensor:  # fmt: skip
     """The operator `sepconv_fwd` of schemas.inc."""
-    row, col = _convolutions(
+    row, col = convolutions(
         row_weight, (row_bias, row_scale, row_shift), col_weight, (bias, scale, shift), geometry, slopes
     )
     n, c, h, w = input.shape
@@ -398,14 +398,14 @@ def sepconv_bwd(
     geometry: list[int], slopes: list[float], mask: int,
 ) -> list[Tensor]:  # fmt: skip
     """The operator `sepconv_bwd` of schemas.inc."""
-    row, col = _convolutions(
+    row, col = convolutions(
         row_weight, (row_bias, row_scale, row_shift), col_weight, (bias, scale, shift), geometry, slopes
     )
     row_mask = mask & 0b11111
-    z = _row_result(input, row)
-    grad = _through_pool(grad_output, z, col, 2)
+    z = row_result(input, row)
+    grad = through_pool(grad_output, z, col, 2)
     gradients = col.backward(grad, z, mask >> 5 << 1 | (row_mask != 0))
     if not row_mask:
         return gradients
-    grad = _through_pool(gradients.pop(0), input, row, 1)
+    grad = through_pool(gradients.pop(0), input, row, 1)
     return row.backward(grad, input, row_mask) + gradients
