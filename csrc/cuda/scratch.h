@@ -1,6 +1,7 @@
-// The scratch of a call: pieces of one allocation, and how a call learns how many bytes they are.
+// The caller's scratch, dealt out to the launches of a call.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 
@@ -16,15 +17,23 @@ class Scratch {
   explicit Scratch(const void* data) : base_(reinterpret_cast<std::uintptr_t>(data)) {}
   static Scratch counting() { return Scratch(reinterpret_cast<const void*>(kAlignment)); }
   void* take(std::size_t bytes) {
-    const std::uintptr_t place = base_ + used_;
-    used_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    const std::uintptr_t place = base_ + taken_;
+    taken_ += (bytes + kAlignment - 1) / kAlignment * kAlignment;
+    most_ = std::max(most_, taken_);
     return reinterpret_cast<void*>(place);
   }
-  std::size_t used() const { return used_; }
+  // f(as many bytes), which are free again for what is launched next.
+  template <class F>
+  void lend(std::size_t bytes, const F& f) {
+    const std::size_t before = taken_;
+    f(take(bytes));
+    taken_ = before;
+  }
+  std::size_t used() const { return most_; }  // the most at a time
 
  private:
   std::uintptr_t base_;
-  std::size_t used_ = 0;
+  std::size_t taken_ = 0, most_ = 0;
 };
 
 // Where a call runs; `launching` false: nothing is launched, the bytes of scratch are counted.
@@ -35,12 +44,21 @@ struct Run {
   bool launching;
 };
 
-// Bytes of scratch that `call(run)` takes.
+// The bytes that `call` takes; call(run) with the caller's.
 template <class Call>
 std::size_t count_scratch(const Device& device, const Call& call) {
   Run run{device, Scratch::counting(), nullptr, false};
   call(run);
   return run.scratch.used();
+}
+
+inline std::size_t element_bytes(DType dtype) { return dtype == DType::f64 ? 8 : dtype == DType::f32 ? 4 : 2; }
+
+// A map [N, C, H, W] in scratch, its channels side by side where those of `like` are.
+inline TensorRef take_map(Run& run, DType dtype, const TensorRef& like, index_t N, index_t C, index_t H, index_t W) {
+  void* const data = run.scratch.take(static_cast<std::size_t>(N * C * H * W) * element_bytes(dtype));
+  if (like.c == 1) return {data, H * W * C, 1, W * C, C};
+  return {data, C * H * W, H * W, W, 1};
 }
 
 }  // namespace effops::cuda
