@@ -18,7 +18,7 @@ from torch import nn
 from effops import modules
 
 
-@pytest.fixture(params=("reference", "cpp", "triton"))
+@pytest.fixture(params=("reference", "cpp", "triton", "cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the operator."""
     return require_share(request.param, request.node)

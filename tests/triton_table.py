@@ -16,10 +16,10 @@ _HEAD = """\
 
 Written by `make kernels`, not by hand. Every kernel, with every config its chooser can choose, was compiled ahead of
 time with Triton {triton} for {archs}, on a machine without a GPU: **nothing in this table was run on one**, it
-is what the compiler says. Each line stands for the launches of that kernel, config, dtype and memory format which the problems
-of `tests/triton_problems.py` make, and shows the largest figure among those that were compiled for the page: *launches*
-says how many of how many, on the architecture where they were most. The limits, and what is held against them, are in
-`tests/triton_compile.py`.
+is what the compiler says. Each line stands for the launches of that kernel, config, dtype and memory format which the
+problems of `tests/triton_problems.py` make, and shows the largest figure among those that were compiled for the page:
+*launches* says how many of how many, on the architecture where they were most. The limits, and what is held against
+them, are in `tests/triton_compile.py`.
 
 * *registers* of a thread (255 at most) / *shared memory* of a program in KiB ({limits});
   *spill* bytes of a thread are shown where there are any.

@@ -81,25 +81,6 @@ bool is_known(const BlurMaxPoolArgs& a) {
          a.stride_w == Stride && short_columns(a);
 }
 
-// ---- the max pool ----
-
-// The larger of two values, or NaN where one of them is.
-EFFOPS_DEVICE double larger_or_nan(double a, double b) { return b > a || b != b ? b : a; }
-
-#ifdef EFFOPS_CUDA_HOST
-
-EFFOPS_DEVICE float larger_or_nan(float a, float b) { return b > a || b != b ? b : a; }
-
-#else
-
-EFFOPS_DEVICE float larger_or_nan(float a, float b) {
-  float larger;
-  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
-  return larger;
-}
-
-#endif
-
 // ---- the blur ----
 
 template <class C>

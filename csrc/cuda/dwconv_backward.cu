@@ -275,6 +275,14 @@ struct EpilogueGradientJob {
   }
 };
 
+// A map [N, D, P, Q] in scratch, in the order of `like`.
+TensorRef scratch_map(Scratch& scratch, const DepthwiseGeometry& g, const TensorRef& like, std::size_t element) {
+  const index_t channels = g.out_channels(), pixels = g.P * g.Q;
+  void* const data = scratch.take(static_cast<std::size_t>(g.N * channels * pixels) * element);
+  if (channels_inside(like)) return {data, pixels * channels, 1, g.Q * channels, channels};
+  return {data, channels * pixels, pixels, g.Q, 1};
+}
+
 // What follows from du.
 void from_sums(DType dtype, const DepthwiseGeometry& g, const Gradient& du, const TensorRef& input, const void* weight,
                const TensorRef& grad_input, void* grad_weight, Run& run) {
@@ -304,7 +312,7 @@ void backward(const DwconvBackwardArgs& args, Run& run) {
   const bool same = e.activation == Activation::none && e.post == Activation::none && e.scale.data == nullptr;
   const bool recompute = args.output.data == nullptr && needs_sums(e, grads);
   TensorRef stored;
-  if (wants_du && !same) stored = scratch_map(run.scratch, sums_of(g), args.input, sizeof(T));
+  if (wants_du && !same) stored = scratch_map(run.scratch, g, args.input, sizeof(T));
   if (vectors || stored.data) {
     to_sums<T>({g, args.input, args.grad_output, args.output, stored, false, recompute, args.weight, e, grads}, run);
   }
@@ -317,7 +325,7 @@ void statistics_backward(const DwconvStatsBackwardArgs& args, Run& run) {
   using C = compute<T>;
   const DepthwiseGeometry& g = args.g;
   // In the compute type: divided by the pixels of a large batch, the gradient is too small for float16.
-  const TensorRef du = scratch_map(run.scratch, sums_of(g), args.input, sizeof(C));
+  const TensorRef du = scratch_map(run.scratch, g, args.input, sizeof(C));
   EpilogueRef only_bias;
   only_bias.bias = args.bias;
   EpilogueGrads grads;

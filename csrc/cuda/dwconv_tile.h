@@ -34,7 +34,6 @@
 #include <cstdint>
 
 #include "csrc/cuda/banks.h"
-#include "csrc/cuda/scratch.h"
 #include "csrc/cuda/sum.h"
 #include "csrc/cuda/window.h"
 
@@ -288,14 +287,6 @@ inline Units units_of(const Extent& maps, const Tiling& tiling, const Device& de
 }
 
 inline Extent sums_of(const DepthwiseGeometry& g) { return {g.N, g.out_channels(), g.P, g.Q}; }
-
-// Such a map in scratch, in the order of `like`.
-inline TensorRef scratch_map(Scratch& scratch, const Extent& maps, const TensorRef& like, std::size_t element) {
-  const index_t channels = maps.channels, pixels = maps.height * maps.width;
-  void* const data = scratch.take(static_cast<std::size_t>(maps.images * channels * pixels) * element);
-  if (channels_inside(like)) return {data, pixels * channels, 1, maps.width * channels, channels};
-  return {data, channels * pixels, pixels, maps.width, 1};
-}
 
 // `inside`: neighbouring lanes are neighbouring channels.
 inline Shares shares_of(const Units& units, index_t channels, bool inside, const Tiling& tiling, const Device& device) {
