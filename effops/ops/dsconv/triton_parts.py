@@ -4,27 +4,28 @@ None has run on a GPU yet: what is said of speed here is calculated.
 
 forward      the tiles of dsconv (triton.py): one program, BLOCK_M pixels x BLOCK_K output channels, all up to 256
 
-                    D channels of z, BLOCK_C at a time                     K channels
-                    Multiception: the parts of one block in turn         +------------+
-                     0..31 of x          | 32..63 of x          | ...    | columns of |
-                   +------+------+------+------+------+------+--+   x    | the block  |   L2 -> registers -> shared
-             pixels| 3x3  | 5x5  | 7x7  | 3x3  | 5x5  | 7x7  |           +------------+
+                    D channels of z, BLOCK_C at a time                      K channels
+                    Multiception: two blocks of each part in turn         +------------+
+                     channels 0..63 of x | 64..127 of x        | ...      | columns of |
+                   +------+------+------+------+------+------+--+    x    | the block  |   L2 -> registers -> shared
+             pixels| 3x3  | 5x5  | 7x7  | 3x3  | 5x5  | 7x7  |            +------------+
                    +------+------+------+------+------+------+--+
                     MixConv: all blocks of a part, whose channels are its own, then the next part's
 
                     each: a row of taps in flight, sums in registers, epilogue, rounded -> shared -> tl.dot
 
-             x once from memory, y once, and the order of the blocks keeps it so: the first window loads a block of
-             channels, the others find it in L1, where a patch of 8 x 8 pixels under a 7x7 window is 196 pixels x 64
-             bytes = 13 KB and nothing but a block of the matrix passes between two windows. The windows' code stands
-             one behind the other: a tile of z takes the registers of dsconv's.
+             x once from memory, y once, and the order of the blocks keeps it so: the first window loads the channels,
+             the others find them in L1, where a patch of 8 x 8 pixels under a 7x7 window is 196 pixels x 128 bytes =
+             25 KB and nothing but blocks of the matrix passes between two windows. Every part has a loop of its own;
+             the largest window's addresses take the registers: two or three programs a processor.
 output       the same tiles; the gradient at the pointwise sums instead of the epilogue, as in triton.py
 gradient
 z's and the  dsconv's kernels, once a part: to them a part is a layer, with its channels of x and its columns of the
 matrix's     matrix. du is read for each
 taps'        room dwconv's, on each part's gradient at the depthwise sums
-input's      MixConv: room dwconv's, each part into its channels of dx. Multiception: a program owns cells of dx and
-             adds, in registers, over the parts and their taps; rounded once. Each part's gradient once, dx once
+input's      MixConv: room dwconv's, each part into its channels of dx. Multiception: a program owns pixels of dx and
+             adds, in registers, over the parts and their taps, a loop each; rounded once. Each part's gradient once
+             from memory and once a tap from L1, dx once
 
 Calculated for fp16, channels_last, batch 128 on an H200 (4.3 TB/s, 790 TFLOP/s, 30 TB/s from L1):
              Multiception 3x3, 5x5, 7x7, 64 -> 64 channels, 56 x 56    x 51 MB + y 51 MB = 256 bytes a pixel: 24 us; the
