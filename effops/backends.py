@@ -204,7 +204,7 @@ class _Cuda(_OnGpus):
     """The CUDA kernels of csrc/cuda, and their host run (tests)."""
 
     name = "cuda"
-    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "mbconv", "se"}
+    operators = _Kernels.operators | {"blur_max_pool", "bsconv", "mbconv", "se", "sepconv"}
     missing = None if CUDA_HOST else _library.why_no_cuda
     on_cpu = bool(CUDA_HOST)
 

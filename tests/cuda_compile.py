@@ -30,7 +30,7 @@ sys.path.insert(0, str(ROOT / "tests" / "cuda_host"))
 import build  # noqa: E402
 
 # Sources that launch other sources' kernels and have none.
-WITHOUT_KERNELS = {"bsconv.cu", "mbconv.cu", "pointwise.cu", "se.cu"}
+WITHOUT_KERNELS = {"bsconv.cu", "mbconv.cu", "pointwise.cu"}
 SOURCES = tuple(
     source for source in sorted((ROOT / "csrc" / "cuda").glob("*.cu")) if source.name not in WITHOUT_KERNELS
 )
@@ -54,8 +54,12 @@ REASONS: dict[str, str] = {
     r"forward_(rows_)?kernel<.*, false, \d>$": "the values of any activation with an exponential beside the window's",
     r"(input|weight)_gradient_kernel<.*Window<5, 5": "as the forward's 5x5: 50 taps, or 50 sums, of two channels",
     r"statistics_kernel<": "a thread's moments, in double from its own pixels on, beside the window's sums",
-    r"blur_max_pool_gradient_kernel<.*, 3, 4, \d>$": "fifteen values of each channel, the weights of three windows and "
-    "what they gather",
+    r"blur_max_pool_(gradient_)?kernel<.*, 4, 3, 2, \d>$": "windows of 3x3: the last rows' values or maxima of each "
+    "channel, the weights of five columns or three windows",
+    r"blur_max_pool_gradient_kernel<float, 2, 3, 2, 2, 3>$": "values of nine pixels and a row on its way, 8 bytes each",
+    r"separable_kernel<.*, 2, \d, (true|false), 3>$": "two channels' taps of both stages, open sums and the values of "
+    "any activation with an exponential",
+    r"(separable_any|stage_gradient)_kernel<double": "two registers a value",
     "weight_gradient_any_kernel<double": "sums of double take two registers each",
 }
 

@@ -18,7 +18,7 @@ from torch import nn
 from effops import explain, modules
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the operator."""
     require_backend(request.param)

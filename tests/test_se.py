@@ -27,6 +27,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import effops
 import effops.functional as EF
 from effops import stock
+from effops.ops import se as room
 
 BACKENDS = ("reference", "cpp", "cuda")
 
@@ -111,6 +112,20 @@ def test_gradcheck(gate: str, check, se_backend: str) -> None:
     shapes = ((2, 3, 2, 3), (2, 3, 1, 1), (2,), (3, 2, 1, 1), (3,))
     leaves = [draw(shape, gen, "normal").requires_grad_() for shape in shapes]
     assert check(lambda *t: EF.squeeze_excite2d(*t, activation="silu", gate=gate, backend=se_backend), leaves)
+
+
+@pytest.mark.parametrize("name", ("cpp", "cuda"))
+@pytest.mark.parametrize("case", ("odd_c-nchw", "many_channels"))
+def test_every_mask(case: str, name: str) -> None:
+    """Gradients come in schema order, only those asked for, the same bits whatever else is asked for."""
+    require_backend(name)
+    tensors = tensors_of(case, torch.float64)
+    arguments = (tensors["input"] * 2, *tensors.values(), [int(case == "many_channels"), 1, 7])
+    every = room.KERNELS[name].backward(*arguments, 0b11111)
+    for mask in range(0b11111):
+        expected = [grad for bit, grad in enumerate(every) if mask >> bit & 1]
+        found = room.KERNELS[name].backward(*arguments, mask)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))

@@ -31,12 +31,13 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import effops
 import effops.functional as EF
+from effops.ops import sepconv as room
 
 ops = torch.ops.effops
 Tensors = dict[str, Tensor | None]
 
 
-@pytest.fixture(params=("reference", "cpp"))
+@pytest.fixture(params=("reference", "cpp", "cuda"))
 def backend(request: pytest.FixtureRequest) -> str:
     """The backends that have the operator."""
     require_backend(request.param)
@@ -113,7 +114,7 @@ NAMES = ("input", "row_weight", "row_bias", "row_scale", "row_shift", "col_weigh
 def make_tensors(case: SepCase, dtype: torch.dtype) -> Tensors:
     """The case's tensors, by schema name and in schema order; absent ones are None."""
     gen = generator(case.id)
-    param = torch.float32 if case.float_params and dtype == torch.bfloat16 else dtype
+    param = torch.float32 if case.float_params and dtype.itemsize == 2 else dtype
     channels = case.c * case.multiplier
 
     def vectors(prefix: str, epi: Epi) -> Tensors:
@@ -180,10 +181,12 @@ def grad_output_of(case: SepCase, shape: torch.Size) -> Tensor:
 
 
 # The reference is torch's own chain: its rounding is torch's, so that float64 tells all.
-RUNS = [("reference", torch.float64), ("cpp", torch.float64), ("cpp", torch.float32)]
+KERNELS = ("cpp", "cuda")
+RUNS = [("reference", torch.float64), *((name, dtype) for name in KERNELS for dtype in (torch.float64, torch.float32))]
+HALVES = [("cpp", torch.bfloat16), ("cuda", torch.bfloat16), ("cuda", torch.float16)]
 
 
-@pytest.mark.parametrize(("name", "dtype"), [*RUNS, ("cpp", torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(("name", "dtype"), [*RUNS, *HALVES], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=ids(CASES))
 def test_forward(case: SepCase, name: str, dtype: torch.dtype) -> None:
     require_backend(name)
@@ -216,28 +219,34 @@ def test_gradients(case: SepCase, name: str, dtype: torch.dtype) -> None:
     check_gradients(case, dtype, name)
 
 
-# In bfloat16 torch's chain pools rounded values, so its choices differ from the truth's; and see test_dwconv.smooth.
+# In half precision torch's chain pools rounded values: its choices differ from the truth's; and see test_dwconv.smooth.
 SMOOTH = [replace(c, pool="none") for c in CASES if c.id in ("effnet_v1-cl", "multiplier2-nchw", "float_params")]
 
 
+@pytest.mark.parametrize(("name", "dtype"), HALVES, ids=str)
 @pytest.mark.parametrize("case", SMOOTH, ids=ids(SMOOTH))
-def test_gradients_bfloat16(case: SepCase, cpp: str) -> None:
-    check_gradients(case, torch.bfloat16, cpp)
+def test_gradients_in_half_precision(case: SepCase, name: str, dtype: torch.dtype) -> None:
+    require_backend(name)
+    check_gradients(case, dtype, name)
 
 
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations(activation: str, cpp: str) -> None:
+def test_activations(activation: str, name: str) -> None:
+    require_backend(name)
     for prefix in ("row", "col"):
         epi = Epi(bias=True, shift=True, activation=activation, post_activation=activation, slope=0.2)
         case = replace(CASES[0], id=activation, **{prefix: epi})
-        check_gradients(case, torch.float64, cpp)
+        check_gradients(case, torch.float64, name)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
 @pytest.mark.parametrize("special", (None, float("nan"), float("inf"), float("-inf")))
-def test_pool_chooses_as_torch_does(special: float | None, layout: str, dtype: torch.dtype, cpp: str) -> None:
+@pytest.mark.parametrize("name", KERNELS)
+def test_pool_chooses_as_torch_does(name: str, special: float | None, layout: str, dtype: torch.dtype) -> None:
     """Small integers make ties common and every sum exact: gradients are equal to the bit, so are the places of NaN."""
+    require_backend(name)
     case = SepCase(id="ties", c=21, h=8, w=10, pool="both", layout=layout, data="exact")
     tensors = make_tensors(case, dtype)
     # A weight of one tap hands values on unchanged, NaNs and infinities side by side included.
@@ -250,11 +259,11 @@ def test_pool_chooses_as_torch_does(special: float | None, layout: str, dtype: t
         case = replace(case, kernel=(3, 1), padding=(0, 0, 1, 1))
     grad_output = grad_output_of(case, oracle(tensors, case).shape)
     expected_out, expected = gradients(lambda t: oracle(t, case), tensors, grad_output)
-    out, actual = gradients(lambda t: call(t, case, cpp), tensors, grad_output)
+    out, actual = gradients(lambda t: call(t, case, name), tensors, grad_output)
     torch.testing.assert_close(out, expected_out, rtol=0, atol=0, equal_nan=True)
     torch.testing.assert_close(actual["input"], expected["input"], rtol=0, atol=0, equal_nan=True)
-    for name in ("row_weight", "col_weight"):
-        assert torch.equal(actual[name].isnan(), expected[name].isnan())
+    for weight in ("row_weight", "col_weight"):
+        assert torch.equal(actual[weight].isnan(), expected[weight].isnan())
 
 
 def test_identities(backend: str) -> None:
@@ -311,23 +320,26 @@ def raw_arguments(case: SepCase, tensors: Tensors) -> dict[str, Any]:
     return {**tensors, "geometry": geometry, "slopes": [case.row.slope, case.col.slope]}
 
 
+@pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_every_mask_and_any_grad_output(layout: str, cpp: str) -> None:
+def test_every_mask_and_any_grad_output(layout: str, name: str) -> None:
     """Gradients come in schema order, only those asked for, the same whatever else is asked for."""
+    require_backend(name)
+    forward, backward = room.KERNELS[name]
     case = replace(RAW, layout=layout)
     arguments = raw_arguments(case, make_tensors(case, torch.float64))
-    shape = ops.sepconv_fwd(**arguments).shape
+    shape = forward(**arguments).shape
     grad_output = draw(shape, generator("masks"), "normal")
-    every = ops.sepconv_bwd(grad_output=grad_output, **arguments, mask=511)
+    every = backward(grad_output=grad_output, **arguments, mask=511)
     masks = [0, *(1 << bit for bit in range(9)), *torch.randint(1, 511, (20,), generator=generator("m")).tolist()]
     for mask in masks:
-        found = ops.sepconv_bwd(grad_output=grad_output, **arguments, mask=mask)
+        found = backward(grad_output=grad_output, **arguments, mask=mask)
         expected = [grad for bit, grad in enumerate(every) if mask >> bit & 1]
         for a, b in zip(found, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    for name in ("channels_last", "transposed", "cl_odd_chunk", "every_second"):
-        strided = lay_out(grad_output, name, torch.float64)
-        found = ops.sepconv_bwd(grad_output=strided, **arguments, mask=511)
+    for strides in ("channels_last", "transposed", "cl_odd_chunk", "every_second"):
+        strided = lay_out(grad_output, strides, torch.float64)
+        found = backward(grad_output=strided, **arguments, mask=511)
         for a, b in zip(found, every, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -490,10 +502,9 @@ def test_flops_and_explain(cpp: str) -> None:
     assert counter.get_total_flops() == 2 * (2 * 8 * 6 * 7 * 3 + 2 * 8 * 6 * 3 * 3)
     (found,) = effops.explain(lambda: chain(x, row, col, bias, "auto")).calls
     assert (found.kernel, found.output, found.backend) == ("1x3 + 3x1", "[2,8,3,3]", "cpp")
-    for name in ("triton", "cuda"):
-        assert "it has no kernels for separable_conv_pool2d" in found.why_not[name]
-        with pytest.raises(RuntimeError, match="it has no kernels for separable_conv_pool2d"):
-            chain(x, row, col, bias, name)
+    assert "it has no kernels for separable_conv_pool2d" in found.why_not["triton"]
+    with pytest.raises(RuntimeError, match="it has no kernels for separable_conv_pool2d"):
+        chain(x, row, col, bias, "triton")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

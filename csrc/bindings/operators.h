@@ -7,6 +7,7 @@
 #include "csrc/bindings/dwconv.h"
 #include "csrc/bindings/mbconv.h"
 #include "csrc/bindings/se.h"
+#include "csrc/bindings/sepconv.h"
 
 // In STABLE_TORCH_LIBRARY_IMPL: operators `<name><suffix>` run on `Kernels`.
 #define EFFOPS_REGISTER_OPERATORS(library, Kernels, suffix)                                            \
@@ -25,4 +26,6 @@
     library.impl("se_bwd" suffix, TORCH_BOX(&SeBindings<Kernels>::backward));                          \
     library.impl("blur_max_pool_fwd" suffix, TORCH_BOX(&BlurMaxPoolBindings<Kernels>::forward));       \
     library.impl("blur_max_pool_bwd" suffix, TORCH_BOX(&BlurMaxPoolBindings<Kernels>::backward));      \
+    library.impl("sepconv_fwd" suffix, TORCH_BOX(&SepconvBindings<Kernels>::forward));                 \
+    library.impl("sepconv_bwd" suffix, TORCH_BOX(&SepconvBindings<Kernels>::backward));                \
   } while (false)

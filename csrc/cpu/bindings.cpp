@@ -1,7 +1,6 @@
 // The operators for the CPU key.
 #include "csrc/bindings/dsconv_parts.h"
 #include "csrc/bindings/operators.h"
-#include "csrc/bindings/sepconv.h"
 #include "csrc/cpu/runtime.h"
 
 namespace effops {
@@ -61,8 +60,6 @@ STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
   library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
-  library.impl("sepconv_fwd", TORCH_BOX(&SepconvBindings<CpuKernels>::forward));
-  library.impl("sepconv_bwd", TORCH_BOX(&SepconvBindings<CpuKernels>::backward));
   library.impl("dsconv_parts_fwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::forward));
   library.impl("dsconv_parts_bwd", TORCH_BOX(&DsconvPartsBindings<CpuKernels>::backward));
 }

@@ -27,8 +27,9 @@ struct BlurAxis {
   int length, outputs, stride;  // length: of the pooled map
 };
 
+constexpr unsigned kByte = 8, kLastByte = 7;  // a size is 7 at most, so that the last byte is 0
 struct Blur {
-  std::uint64_t coefficients;  // the binomial ones, a byte each
+  std::uint64_t coefficients;  // the binomial ones, a byte each; zeros behind them
   float share;                 // 1 / their sum, a power of two
   int size;
   bool reflect;
@@ -36,6 +37,13 @@ struct Blur {
 
   EFFOPS_HOST_DEVICE int reach() const { return size / 2; }
 };
+
+// Row `size` of Pascal's triangle, each the last one and its shift: no byte carries.
+EFFOPS_HOST_DEVICE constexpr std::uint64_t binomial_coefficients(index_t size) {
+  std::uint64_t row = 1;
+  for (index_t n = 1; n < size; ++n) row += row << kByte;
+  return row;
+}
 
 inline PoolSizes pool_sizes(const BlurMaxPoolArgs& a) {
   narrow(2 * (a.H + 2 * a.pool_top) + a.size);  // no sum of positions that a kernel forms is larger
@@ -45,38 +53,41 @@ inline PoolSizes pool_sizes(const BlurMaxPoolArgs& a) {
 }
 
 inline Blur blur_of(const BlurMaxPoolArgs& a) {
-  constexpr int kByte = 8;
-  std::uint64_t coefficients = 1;  // of size 1; each row of Pascal's triangle is the last one and its shift: no carries
-  for (index_t n = 1; n < a.size; ++n) coefficients += coefficients << kByte;
-  return {
-      coefficients, 1.f / static_cast<float>(1 << (a.size - 1)),     narrow(a.size),
-      a.reflect,    {narrow(a.Hp), narrow(a.P), narrow(a.stride_h)}, {narrow(a.Wp), narrow(a.Q), narrow(a.stride_w)}};
+  return {binomial_coefficients(a.size),
+          1.f / static_cast<float>(1 << (a.size - 1)),
+          narrow(a.size),
+          a.reflect,
+          {narrow(a.Hp), narrow(a.P), narrow(a.stride_h)},
+          {narrow(a.Wp), narrow(a.Q), narrow(a.stride_w)}};
 }
 
-// How threads can reach the maps of a call.
+// Whether threads can own pairs of channels; whether columns of a row are told apart in 32 bits.
 template <class T>
-Access access_of(const BlurMaxPoolArgs& a) {
+bool pairs_of(const BlurMaxPoolArgs& a) {
   DepthwiseGeometry g{};
   g.C = a.C, g.multiplier = 1;
   Access access(g);
   for (const TensorRef& map : {a.input, a.output, a.grad_input}) access.need(map, sizeof(T));
-  return access;
+  return access.pairs();
+}
+inline bool short_columns(const BlurMaxPoolArgs& a) {
+  return std::max(a.input.w * a.W, a.output.w * a.Q) <= std::numeric_limits<int>::max();
 }
 
-// ---- the max pool ----
-
-// torch's: the first of equal values, the last NaN.
-template <class C>
-EFFOPS_DEVICE bool takes_second(C first, C second) {
-  return second > first || second != second;
+// Windows of Window x Window and a filter of Size x Size with stride Stride.
+template <int Window, int Size, int Stride>
+bool is_known(const BlurMaxPoolArgs& a) {
+  return a.window_h == Window && a.window_w == Window && a.size == Size && a.stride_h == Stride &&
+         a.stride_w == Stride && short_columns(a);
 }
 
 // ---- the blur ----
 
 template <class C>
 EFFOPS_DEVICE C blur_tap(const Blur& blur, int tap) {
-  if (!inside(tap, blur.size)) return C(0);
-  return static_cast<C>(static_cast<unsigned>(blur.coefficients >> (8 * tap)) & 0xffu) * static_cast<C>(blur.share);
+  const unsigned place = static_cast<unsigned>(tap), byte = place < kLastByte ? place : kLastByte;
+  return static_cast<C>(static_cast<unsigned>(blur.coefficients >> (kByte * byte)) & 0xffu) *
+         static_cast<C>(blur.share);
 }
 
 template <class C>
@@ -94,6 +105,12 @@ EFFOPS_DEVICE C blur_weight(const Blur& blur, const BlurAxis& axis, int from, in
 template <class C>
 EFFOPS_DEVICE C weighted(C weight, C value) {
   return weight == C(0) ? C(0) : weight * value;
+}
+
+// The nearest position of an axis. What is loaded for a position beyond an edge has no weight; what a pool window has
+// there is one of its own pixels once more.
+EFFOPS_DEVICE int clamped(int position, int length) {
+  return position < 0 ? 0 : position < length ? position : length - 1;
 }
 
 // begin .. end - 1

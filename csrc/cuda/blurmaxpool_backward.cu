@@ -2,23 +2,28 @@
 // window took is found again, and the gradient at the pooled map is summed where it is used.
 //
 //   A thread owns one column of two channels (channels_last, an access each) or of one (its neighbours are then the
-//   columns beside it), and walks down a strip of rows.
+//   columns beside it), and walks down a strip of rows; the next row is on its way meanwhile.
 //
-//      windows 2x2, at pooled row h:     x  . o .     three columns of the two rows that the windows cover; the upper
-//                                           . o .     one is there from the step before
+//      windows 2x2, at pooled row h:     x  o  x     three columns of the two rows that the windows cover; the upper
+//                                        x  o  x     one is there from the step before
+//
 //        for each of the two windows that have the column o: which of its four is the largest, the first of equal ones;
 //        if it is one of the two o, the gradient at the pooled pixel is added to that row's sum:
 //                                        sum over rows p, columns q of grad: weight(h, p) weight(w, q) grad[p][q]
 //        the weights along the width are in registers: they do not change on the way down
 //        the upper row has met all of its windows behind this step, and is stored
 //
+//      What would be beyond the map is its outermost row or column again, and counts as that: as values that come first
+//      or last of a window, copies change no choice.
+//
 //   Other pools and filters: a pixel a thread, in loops over the windows that have it.
 //
 //   bytes an input value (fp16, stride 2)    x 2, grad 0.5, dx 2
 //
 // Roofline, calculated for an H200 (4.3 TB/s), nothing measured: float16 [128, 64, 112, 112], pool 2x2, blur 3x3,
-// stride 2: 463 MB, 110 us; [128, 128, 28, 28]: 58 MB, 13 us. Some 130 instructions a step make the issue rate the
-// bound: three times that. Unverified on a GPU.
+// stride 2: 463 MB, 110 us; [128, 128, 28, 28]: 58 MB, 13 us. Issuing takes longer: 300 instructions a step of two
+// channels (SASS of sm_90, no edge near), at 4 x 1.755 GHz a multiprocessor 520 us for the first shape; half of them
+// find the two windows' choices. Unverified on a GPU.
 #include "csrc/cuda/blurmaxpool.h"
 
 namespace effops::cuda {
@@ -32,21 +37,6 @@ struct Backward {
   Blur blur;
   Units units;  // of input pixels
   Assignment assignment;
-};
-
-// The largest value so far of a window, its pixels taken one after the other; padding is never the largest.
-template <class C>
-struct Largest {
-  C value = C(-INFINITY);
-  bool any = false;
-
-  // Whether this pixel is the largest now.
-  EFFOPS_DEVICE bool take(C next, bool there) {
-    const bool taken = there && (!any || takes_second(value, next));
-    value = taken ? next : value;
-    any = any || there;
-    return taken;
-  }
 };
 
 // ---- any pool and filter ----
@@ -69,14 +59,16 @@ EFFOPS_DEVICE compute<T> pooled_gradient(const Backward<T>& a, index_t n, int ch
 // Whether the window of pooled pixel (h, w) took the input pixel (row, column).
 template <class T>
 EFFOPS_DEVICE bool took(const Backward<T>& a, const T* image, int h, int w, int row, int column) {
-  Largest<compute<T>> largest;
-  bool found = false;
+  compute<T> largest = 0;
+  bool any = false, found = false;  // whether there was a pixel before; whether it is the largest so far
   for (int i = 0; i < a.pool.window_h; ++i) {
     const int y = h - a.pool.pool_top + i;
     for (int k = 0; k < a.pool.window_w; ++k) {
       const int z = w - a.pool.pool_left + k;
       if (!inside(y, a.pool.H) || !inside(z, a.pool.W)) continue;
-      if (largest.take(to_compute(image[y * a.x.h + z * a.x.w]), true)) found = y == row && z == column;
+      const compute<T> value = to_compute(image[y * a.x.h + z * a.x.w]);
+      if (any && !takes_second(largest, value)) continue;
+      any = true, largest = value, found = y == row && z == column;
     }
   }
   return found;
@@ -101,130 +93,132 @@ blur_max_pool_gradient_any_kernel(EFFOPS_PARAMS Backward<T> a) {
   *a.dx.at(cell.n, channel, cell.p, cell.q) = from_compute<T>(sum);
 }
 
-// ---- windows of Window x Window ----
+// ---- known ones ----
 
-// What a thread has on its way down: of the last Window rows of x, the columns that its windows have, and the sums of
-// its own column; index 0 is the uppermost.
-template <class T, int N, int Window>
-struct Patch {
-  static constexpr int kColumns = 2 * Window - 1;
-  Pieces<T, N> values[Window][kColumns];
-  compute<T> sums[Window][N] = {};
-
-  EFFOPS_DEVICE void move_down() {
+// The weights of the rows of `grad` on pooled row h, and the columns' shares of it: sum over p of weight(h, p) grad[p].
+template <class T, int N, int Rows, int Columns>
+EFFOPS_DEVICE void weigh_rows(const Backward<T>& a, const T* image, int h, const int (&columns)[Columns],
+                              compute<T> (&sums)[Columns][N]) {
+  using C = compute<T>;
+  const int first = outputs_of(a.blur, a.blur.rows, h, h).begin;
+  EFFOPS_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    const C weight = blur_weight<C>(a.blur, a.blur.rows, h, first + i);
+    const T* at = image + clamped(first + i, a.blur.rows.outputs) * a.grad.h;
     EFFOPS_UNROLL
-    for (int i = 0; i < Window; ++i) {
-      const bool last = i == Window - 1;
+    for (int t = 0; t < Columns; ++t) {
+      C grad[N];
+      load_channels<N>(at + columns[t], grad);
       EFFOPS_UNROLL
-      for (int k = 0; k < kColumns; ++k) values[i][k] = last ? Pieces<T, N>{} : values[last ? i : i + 1][k];
-      EFFOPS_UNROLL
-      for (int j = 0; j < N; ++j) sums[i][j] = last ? compute<T>(0) : sums[last ? i : i + 1][j];
+      for (int j = 0; j < N; ++j) sums[t][j] += weighted(weight, grad[j]);
     }
   }
-};
+}
 
-// Targets: the most outputs of a row that the windows of one column give to.
-template <class T, int N, int Window, int Targets, int Blocks>
+template <class T, int N, int Size, int Window, int Stride, int Blocks>
 EFFOPS_KERNEL(kThreads, Blocks)
 blur_max_pool_gradient_kernel(EFFOPS_PARAMS Backward<T> a) {
   using C = compute<T>;
+  constexpr int kColumns = 2 * Window - 1, kReach = Size / 2;
+  constexpr int kRowsOfGrad = 2 * kReach / Stride + 1, kColumnsOfGrad = (Window - 1 + 2 * kReach) / Stride + 1;
   const Owned owned = owned_by(a.assignment, a.units, global_thread());
   if (owned.unit >= a.units.total) return;
   const Cell cell = cell_of(a.units, owned.unit, a.pool.W);
   const int channel = owned.group * N, left = a.pool.H - cell.p;
   const int count = left < a.units.rows ? left : a.units.rows;
-  // Window i, from the right: it starts at pooled column w + i, and has this column at Window - 1 - i.
+  // Window i starts at pooled column w + i and at column first_column + i, and has this column at Window - 1 - i.
   const int w = cell.q + a.pool.pool_left - (Window - 1), first_column = cell.q - (Window - 1);
-  const BlurRange targets = outputs_of(a.blur, a.blur.columns, w, w + Window - 1);
-  C weights[Window][Targets];
+  const int first_target = outputs_of(a.blur, a.blur.columns, w, w + Window - 1).begin;
+  int columns[kColumns], targets[kColumnsOfGrad];
+  bool own[kColumns];  // whether this is the thread's column, or a copy of it
   EFFOPS_UNROLL
-  for (int i = 0; i < Window; ++i) {
-    EFFOPS_UNROLL
-    for (int t = 0; t < Targets; ++t) {
-      weights[i][t] = blur_weight<C>(a.blur, a.blur.columns, w + i, targets.begin + t);
-    }
+  for (int k = 0; k < kColumns; ++k) {
+    const int column = clamped(first_column + k, a.pool.W);
+    own[k] = column == cell.q;
+    columns[k] = column * static_cast<int>(a.x.w);
   }
-  Patch<T, N, Window> patch;
-  // The first step is that of the last pooled row which has none of the strip's rows but its first.
-  int h = cell.p + a.pool.pool_top - (Window - 1), row = cell.p - (Window - 1);
-  const T* image = a.x.at(cell.n, channel, 0, 0);
-  const auto load_row = [&](int i) {
-    EFFOPS_UNROLL
-    for (int k = 0; k < Patch<T, N, Window>::kColumns; ++k) {
-      const int column = first_column + k;
-      patch.values[i][k] = Pieces<T, N>{};
-      if (inside(row + i, a.pool.H) && inside(column, a.pool.W)) {
-        patch.values[i][k].load(image + (row + i) * a.x.h + column * a.x.w);
-      }
-    }
-  };
+  C weights[Window][kColumnsOfGrad];
   EFFOPS_UNROLL
-  for (int i = 0; i < Window - 1; ++i) load_row(i);
+  for (int t = 0; t < kColumnsOfGrad; ++t) {
+    targets[t] = clamped(first_target + t, a.blur.columns.outputs) * static_cast<int>(a.grad.w);
+    EFFOPS_UNROLL
+    for (int i = 0; i < Window; ++i) weights[i][t] = blur_weight<C>(a.blur, a.blur.columns, w + i, first_target + t);
+  }
+  const T* image = a.x.at(cell.n, channel, 0, 0);
+  const T* grad_image = a.grad.at(cell.n, channel, 0, 0);
+  T* dx = a.dx.at(cell.n, channel, cell.p, cell.q);
+  Pieces<T, N> values[Window][kColumns], next[kColumns];  // of the rows from `row` on; of the one behind them
+  C sums[Window][N] = {};
+  const auto load_row = [&](int place, Pieces<T, N>(&to)[kColumns]) {
+    const T* at = image + clamped(place, a.pool.H) * a.x.h;
+    EFFOPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) to[k].load(at + columns[k]);
+  };
+  // The first step is that of the first pooled row which has a row of the strip.
+  int row = cell.p - (Window - 1);
+  EFFOPS_UNROLL
+  for (int i = 0; i < Window - 1; ++i) load_row(row + i, values[i + 1]);
+  load_row(row + Window - 1, next);
   EFFOPS_NO_UNROLL
-  for (int step = 1 - Window; step < count; ++step, ++h, ++row) {
-    load_row(Window - 1);
-    if (inside(h, a.blur.rows.length)) {
-      C gradients[Targets][N] = {};  // of the outputs' columns, the rows' weights on them
-      const BlurRange rows = outputs_of(a.blur, a.blur.rows, h, h);
-      for (int p = rows.begin; p < rows.end; ++p) {
-        const C weight = blur_weight<C>(a.blur, a.blur.rows, h, p);
-        EFFOPS_UNROLL
-        for (int t = 0; t < Targets; ++t) {
-          if (targets.begin + t >= targets.end) break;
-          C grad[N];
-          load_channels<N>(a.grad.at(cell.n, channel, p, targets.begin + t), grad);
-          EFFOPS_UNROLL
-          for (int j = 0; j < N; ++j) gradients[t][j] += weighted(weight, grad[j]);
-        }
-      }
+  for (int step = 1 - Window; step < count; ++step, ++row) {
+    EFFOPS_UNROLL
+    for (int k = 0; k < kColumns; ++k) {
       EFFOPS_UNROLL
-      for (int i = 0; i < Window; ++i) {
-        if (!inside(w + i, a.blur.columns.length)) continue;
+      for (int i = 0; i < Window; ++i) values[i][k] = i + 1 < Window ? values[i + 1 < Window ? i + 1 : i][k] : next[k];
+    }
+    if (step + 1 < count) load_row(row + Window, next);
+    C gradients[kColumnsOfGrad][N] = {};
+    weigh_rows<T, N, kRowsOfGrad>(a, grad_image, row + a.pool.pool_top, targets, gradients);
+    EFFOPS_UNROLL
+    for (int i = 0; i < Window; ++i) {
+      EFFOPS_UNROLL
+      for (int j = 0; j < N; ++j) {
+        C gradient = 0;
         EFFOPS_UNROLL
-        for (int j = 0; j < N; ++j) {
-          C gradient = 0;
+        for (int t = 0; t < kColumnsOfGrad; ++t) gradient += weighted(weights[i][t], gradients[t][j]);
+        C largest = 0;
+        int chosen = -1;  // the row from `row` on, if it is in this thread's column
+        EFFOPS_UNROLL
+        for (int y = 0; y < Window; ++y) {
+          const int place = clamped(row + y, a.pool.H) - row;
           EFFOPS_UNROLL
-          for (int t = 0; t < Targets; ++t) gradient += weighted(weights[i][t], gradients[t][j]);
-          Largest<C> largest;
-          int chosen = -1;  // the row, if it is in this thread's column
-          EFFOPS_UNROLL
-          for (int y = 0; y < Window; ++y) {
-            EFFOPS_UNROLL
-            for (int k = 0; k < Window; ++k) {
-              const bool there = inside(row + y, a.pool.H) && inside(first_column + i + k, a.pool.W);
-              const bool taken = largest.take(to_compute(patch.values[y][i + k][j]), there);
-              chosen = taken ? (i + k == Window - 1 ? y : -1) : chosen;
-            }
+          for (int k = 0; k < Window; ++k) {
+            const C value = to_compute(values[y][i + k][j]);
+            const bool taken = y + k == 0 || takes_second(largest, value);
+            largest = taken ? value : largest;
+            chosen = taken ? (own[i + k] ? place : -1) : chosen;
           }
-          EFFOPS_UNROLL
-          for (int y = 0; y < Window; ++y) patch.sums[y][j] += chosen == y ? gradient : C(0);
         }
+        EFFOPS_UNROLL
+        for (int y = 0; y < Window; ++y) sums[y][j] += chosen == y ? gradient : C(0);
       }
     }
-    if (step >= 0) store_channels(a.dx.at(cell.n, channel, row, cell.q), patch.sums[0]);
-    patch.move_down();
+    if (step >= 0) {
+      store_channels(dx, sums[0]);
+      dx += a.dx.h;
+    }
+    EFFOPS_UNROLL
+    for (int i = 0; i < Window; ++i) {
+      EFFOPS_UNROLL
+      for (int j = 0; j < N; ++j) sums[i][j] = i + 1 < Window ? sums[i + 1 < Window ? i + 1 : i][j] : C(0);
+    }
   }
 }
 
 // ---- the host's choices ----
 
-// Whether every column's windows give to at most `targets` outputs of a row.
-bool gives_to(const BlurMaxPoolArgs& args, index_t window, index_t targets) {
-  const index_t reach = args.size / 2;
-  return args.window_h == window && args.window_w == window && (window - 1 + 2 * reach) / args.stride_w + 1 <= targets;
-}
-
-template <class T, int N, int Window, int Targets, int Blocks>
+template <class T, int N, int Size, int Window, int Blocks>
 Choice<Backward<T>> walk_down() {
-  return {{1, N, Blocks, Walks::down}, blur_max_pool_gradient_kernel<T, N, Window, Targets, Blocks>};
+  return {{1, N, Blocks, Walks::down}, blur_max_pool_gradient_kernel<T, N, Size, Window, 2, Blocks>};
 }
 
 template <class T>
 Choice<Backward<T>> choose(const BlurMaxPoolArgs& args) {
   if constexpr (kHasPairs<T>) {
-    const bool pairs = access_of<T>(args).pairs();
-    if (gives_to(args, 2, 2)) return pairs ? walk_down<T, kPair, 2, 2, 4>() : walk_down<T, 1, 2, 2, 4>();
-    if (gives_to(args, 3, 4)) return pairs ? walk_down<T, kPair, 3, 4, 2>() : walk_down<T, 1, 3, 4, 3>();
+    const bool pairs = pairs_of<T>(args);
+    constexpr int kOfPairs = sizeof(T) == 4 ? 3 : 4;  // blocks a multiprocessor: pairs of 8 bytes spill at four
+    if (is_known<2, 3, 2>(args)) return pairs ? walk_down<T, kPair, 3, 2, kOfPairs>() : walk_down<T, 1, 3, 2, 4>();
+    if (is_known<3, 4, 2>(args)) return pairs ? walk_down<T, kPair, 4, 3, 2>() : walk_down<T, 1, 4, 3, 2>();
   }
   return {{1, 1, 4}, blur_max_pool_gradient_any_kernel<T>};
 }

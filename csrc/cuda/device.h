@@ -76,6 +76,24 @@ EFFOPS_DEVICE std::uint32_t to_tf32(float value) {
 
 #endif
 
+// ---- the larger of two values, or NaN where one of them is ----
+
+EFFOPS_DEVICE double larger_or_nan(double a, double b) { return b > a || b != b ? b : a; }
+
+#ifdef EFFOPS_CUDA_HOST
+
+EFFOPS_DEVICE float larger_or_nan(float a, float b) { return b > a || b != b ? b : a; }
+
+#else
+
+EFFOPS_DEVICE float larger_or_nan(float a, float b) {
+  float larger;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(larger) : "f"(a), "f"(b));
+  return larger;
+}
+
+#endif
+
 // ---- memory: one access of sizeof(T) * N bytes, to which the address must be aligned ----
 
 template <class T, int N>

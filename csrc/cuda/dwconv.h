@@ -27,4 +27,9 @@ std::size_t depthwise_weight_gradient_scratch(DType dtype, const DepthwiseGeomet
 void depthwise_weight_gradient(DType dtype, const DepthwiseGeometry& g, const Gradient& du, const TensorRef& input,
                                void* grad_weight, const Device& device, void* scratch, Stream stream);
 
+// The same for an input of dtype `dtype` and a gradient of dtype `weight_dtype`.
+void depthwise_weight_gradient_as(DType weight_dtype, DType dtype, const DepthwiseGeometry& g, const Gradient& du,
+                                  const TensorRef& input, void* grad_weight, const Device& device, void* scratch,
+                                  Stream stream);
+
 }  // namespace effops::cuda

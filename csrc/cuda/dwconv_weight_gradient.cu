@@ -152,7 +152,7 @@ struct WeightPlan {
 };
 
 template <class D, class T>
-void weight_gradient(const DepthwiseGeometry& g, const TensorRef& du, const TensorRef& x, void* grad_weight,
+void weight_gradient(const DepthwiseGeometry& g, const TensorRef& du, const TensorRef& x, const SumTarget& target,
                      const Device& device, void* scratch, Stream stream) {
   using C = compute<T>;
   const WeightPlan<D, T> plan(g, du, x, device);
@@ -162,7 +162,7 @@ void weight_gradient(const DepthwiseGeometry& g, const TensorRef& du, const Tens
                                       plan.units,          plan.shares};
     launch(plan.choice.kernel, blocks_for(plan.shares, block_sums_bytes<C, kPair>(kThreads)), stream, params);
   }
-  sum_weight<C>(scratch, plan.shares.lines, sizes.R * sizes.S, sizes.D, sizes.bank, {grad_weight, dtype_of<T>}, stream);
+  sum_weight<C>(scratch, plan.shares.lines, sizes.R * sizes.S, sizes.D, sizes.bank, target, stream);
 }
 
 }  // namespace
@@ -174,11 +174,18 @@ std::size_t depthwise_weight_gradient_scratch(DType dtype, const DepthwiseGeomet
   });
 }
 
+void depthwise_weight_gradient_as(DType weight_dtype, DType dtype, const DepthwiseGeometry& g, const Gradient& du,
+                                  const TensorRef& input, void* grad_weight, const Device& device, void* scratch,
+                                  Stream stream) {
+  with_types(du.dtype, dtype, [&](auto gradient, auto element) {
+    weight_gradient<decltype(gradient), decltype(element)>(g, du.map, input, {grad_weight, weight_dtype}, device,
+                                                           scratch, stream);
+  });
+}
+
 void depthwise_weight_gradient(DType dtype, const DepthwiseGeometry& g, const Gradient& du, const TensorRef& input,
                                void* grad_weight, const Device& device, void* scratch, Stream stream) {
-  with_types(du.dtype, dtype, [&](auto gradient, auto element) {
-    weight_gradient<decltype(gradient), decltype(element)>(g, du.map, input, grad_weight, device, scratch, stream);
-  });
+  depthwise_weight_gradient_as(dtype, dtype, g, du, input, grad_weight, device, scratch, stream);
 }
 
 }  // namespace effops::cuda

@@ -29,6 +29,7 @@ std::size_t mbconv_fwd_scratch(DType dtype, const MbconvForwardArgs& args, const
 std::size_t mbconv_bwd_scratch(DType dtype, const MbconvBackwardArgs& args, const Device& device);
 std::size_t se_fwd_scratch(DType dtype, const SeForwardArgs& args, const Device& device);
 std::size_t se_bwd_scratch(DType dtype, const SeBackwardArgs& args, const Device& device);
+std::size_t sepconv_bwd_scratch(DType dtype, const SepconvBackwardArgs& args, const Device& device);
 
 void dwconv_fwd(DType dtype, const DwconvForwardArgs& args, const Device& device, Stream stream);
 void dwconv_bwd(DType dtype, const DwconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
@@ -50,5 +51,8 @@ void se_bwd(DType dtype, const SeBackwardArgs& args, const Device& device, void*
 
 void blur_max_pool_fwd(DType dtype, const BlurMaxPoolArgs& args, const Device& device, Stream stream);
 void blur_max_pool_bwd(DType dtype, const BlurMaxPoolArgs& args, const Device& device, Stream stream);
+
+void sepconv_fwd(DType dtype, const SepconvForwardArgs& args, const Device& device, Stream stream);
+void sepconv_bwd(DType dtype, const SepconvBackwardArgs& args, const Device& device, void* scratch, Stream stream);
 
 }  // namespace effops::cuda

@@ -81,6 +81,15 @@ struct KernelsOn {
     const Context on(input);
     cuda::blur_max_pool_bwd(dtype(input), args, on.device(), on.stream());
   }
+  static void sepconv_fwd(const Tensor& input, const SepconvForwardArgs& args) {
+    const Context on(input);
+    cuda::sepconv_fwd(dtype(input), args, on.device(), on.stream());
+  }
+  static void sepconv_bwd(const Tensor& input, const SepconvBackwardArgs& args) {
+    const Context on(input);
+    Tensor scratch = new_bytes(input, cuda::sepconv_bwd_scratch(dtype(input), args, on.device()));
+    cuda::sepconv_bwd(dtype(input), args, on.device(), scratch.mutable_data_ptr(), on.stream());
+  }
 };
 
 }  // namespace effops

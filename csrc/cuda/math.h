@@ -132,6 +132,14 @@ EFFOPS_DEVICE void read_channels(const ChannelRef& vector, int o, compute<T> abs
   for (int j = 0; j < N; ++j) v[j] = read_channel<T>(vector, o + j);
 }
 
+// ---- max pools ----
+
+// Whether a max pool takes the second of two values. As torch's: of equal ones the first, of NaNs the last.
+template <class C>
+EFFOPS_DEVICE bool takes_second(C first, C second) {
+  return second > first || second != second;
+}
+
 // ---- activations ----
 
 EFFOPS_DEVICE float exp_of(float x) { return expf(x); }

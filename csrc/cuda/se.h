@@ -18,7 +18,7 @@ struct ImageSums {
   int lines;
 };
 
-// ---- se_pixels.cu ----
+// ---- se.cu ----
 
 // The sums of x and of x * factor over the pixels of each image; those whose pointer is null are not wanted.
 struct PixelSumsArgs {

@@ -18,6 +18,7 @@
 #include "tests/cuda_host/problems_dwconv.h"
 #include "tests/cuda_host/problems_mbconv.h"
 #include "tests/cuda_host/problems_se.h"
+#include "tests/cuda_host/problems_sepconv.h"
 
 extern "C" const char __executable_start;  // the linker's: where the program lies in memory
 
@@ -38,6 +39,7 @@ void visit_all(std::span<const Maps> sizes, const Visit& visit) {
   visit_mbconv(sizes, visit);
   visit_se(sizes, visit);
   visit_blurmaxpool(sizes, visit);
+  visit_sepconv(sizes, visit);
 }
 
 void record_launches() {

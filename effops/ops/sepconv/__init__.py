@@ -9,14 +9,25 @@ from effops.ops import geometry as G
 from effops.ops.dwconv import depthwise_flops, kernel_gradients
 from effops.ops.epilogue import Epilogue
 from effops.ops.higher_order import KernelFunction, reference_gradients
-from effops.ops.registration import Kernels, fake_gradients, fake_output, kernels_of, packets, register_fake
+from effops.ops.registration import (
+    Kernels,
+    cuda_kernels,
+    fake_gradients,
+    fake_output,
+    kernels_of,
+    packets,
+    register_fake,
+)
 from effops.ops.sepconv import reference
 from effops.ops.sepconv.reference import COL_ACTIVATION, COL_POST_ACTIVATION, POOL, POOL_COL, POOL_ROW
 
 _ops = torch.ops.effops
 
 # A backend joins by adding its operators here (and its entry in effops/backends.py).
-KERNELS = {"cpp": Kernels(_ops.sepconv_fwd.default, _ops.sepconv_bwd.default)}
+KERNELS = {
+    "cuda": cuda_kernels("sepconv_fwd", "sepconv_bwd"),
+    "cpp": Kernels(_ops.sepconv_fwd.default, _ops.sepconv_bwd.default),
+}
 
 _TENSORS = 9  # of the forward operator
 
@@ -74,7 +85,7 @@ class SeparableConvPool2dFunction(KernelFunction):
         row_bias, row_scale, row_shift, bias, scale, shift: [D] or None.
         geometry: the 15 ints of `effops/schemas.inc`.
         slopes: [row slope, column slope].
-        backend: name of the backend whose kernels run, forward and backward ("cpp").
+        backend: name of the backend whose kernels run, forward and backward ("cuda", "cpp").
 
     Returns:
         [N,D,P,Q].
