@@ -21,7 +21,7 @@
 //                         26 GFLOP, 35 us. Counted by hand, 27 instructions an element for its window and epilogue, 2 x
 //                         24 for copies, products and the epilogue of the expanded pixels, 6 for the output: 81 x 51
 //                         million elements issue for 140 us, so instructions bound it; two perfect kernels take 96 us,
-//                         with three times the memory.
+//                         with twice the traffic.
 //   512 -> 512, 14 x 14   2048 bytes a pixel: 51 MB, 12 us; 7 x 7 boxes multiply 64 pixels for 49: 17 GFLOP, 23 us.
 #include "csrc/cuda/expanded.h"
 #include "csrc/cuda/expansion.h"

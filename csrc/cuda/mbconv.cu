@@ -25,9 +25,12 @@
 //   scratch     forward   z | sums and values of the squeeze-excite | what one call at a time wants
 //               backward  e | grad_e | z | z * gates | g | the same
 //
-// What nobody asked for is left out. Bytes a pixel of 16-bit maps, stride 1: forward with a squeeze-excite 2 (C + K + 4 D):
-// z is written, read and written for the gates, and read by the projection (from L2 by further output channels); backward without one 2 (2 C + 8 D + 2 K) and more where epilogues are. float16, 24 -> 144 -> 24, 56 x 56,
-// batch 128: 2496 bytes backward, 1 GB, 233 us on an H200 (4.3 TB/s). Calculated, nothing measured.
+// What nobody asked for is left out. Bytes a pixel of 16-bit maps at stride 1: forward with a squeeze-excite
+// 2 (C + K + 4 D): z is written, read and written for the gates, and read by the projection. Backward without one
+// 2 (3 C + 10 D + 2 K): e is written and read by the gradients of the projection, of its matrix and of the window, the
+// gradient at the window's sums is written and twice read, grad_e too; more where epilogues are. float16,
+// 24 -> 144 -> 24, 56 x 56, batch 128: 3120 bytes backward, 1.3 GB, 291 us on an H200 (4.3 TB/s). Calculated, nothing
+// measured.
 #include "csrc/cuda/expanded.h"
 #include "csrc/cuda/math.h"
 #include "csrc/cuda/pointwise.h"

@@ -18,10 +18,10 @@
 // 16-bit maps: 2 (C + K), and 2 K for a residual.
 //
 // Calculated for float16, channels_last, batch 128, on an H200 (4.3 TB/s, 132 processors at 1.75 GHz):
-//   24 -> 144 -> 24, 56 x 56    144 bytes a pixel with the residual: 58 MB, 13 us. Products 2 x 144 x (48 x 2 + 24) flops
-//                               a pixel, 14 GFLOP, 18 us (tiles are wider than these channels); counted by hand 85
-//                               instructions an element of z, 58 million, issue for 165 us. Three perfect kernels,
-//                               unfused: 720 x 2 bytes a pixel, 580 MB, 134 us and the expanded map's 116 MB twice.
+//   24 -> 144 -> 24, 56 x 56   144 bytes a pixel with the residual: 58 MB, 13 us. Products 2 x 160 x (64 x 2 + 32) flops
+//                              a pixel, as tiles are wider than these channels: 21 GFLOP, 27 us. Counted by hand, 85
+//                              instructions an element of z, 58 million of them, issue for 165 us, so instructions
+//                              bound it; three perfect kernels take 121 us, with nine times the traffic.
 #include "csrc/cuda/expanded.h"
 #include "csrc/cuda/expansion.h"
 #include "csrc/cuda/sum.h"
