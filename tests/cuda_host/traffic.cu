@@ -63,6 +63,9 @@ constexpr Case kRows[] = {
     {"NCHW 3x3 stride 2", 2, 10, 27, 64, 3, 3, 2, 1, 1, true, false},
 };
 
+// What an output behind pools or a blur of 3x3 needs.
+constexpr Case kPooled = {"4x4 stride 2", 2, 40, 18, 22, 4, 4, 2, 1, 1};
+
 // For dsconv besides: windows with gaps between them or in them, in patches and too far apart for one.
 constexpr Case kSeparableCases[] = {
     {"1x1 stride 2", 1, 24, 17, 18, 1, 1, 2, 1, 1},
@@ -198,6 +201,44 @@ std::string forward(const Case& c, index_t K) {
   const std::string wrong = each_once(times, y.size());
   if (!c.channels_last && y.stores() * (4 / c.stride) != y.size()) return "stores narrower than a thread's columns";
   return wrong.empty() ? judge(x.touched(false), wanted) : "stores " + wrong;
+}
+
+// The same of a call(x, y) of another room, whose outputs need `c`'s windows of their channel.
+template <class Call>
+std::string forward_of(const Case& c, const Call& call) {
+  const DepthwiseGeometry g = c.geometry();
+  FloatMap x(g.N, g.C, g.H, g.W), y(g.N, g.C, g.P, g.Q);
+  trace([&] { call(x.ref(), y.ref()); });
+  std::map<index_t, int> times;
+  Blocks wanted = y.touched(true, &times);
+  for (auto& [block, elements] : wanted) elements = windows(g, elements, g.C, false);
+  const std::string wrong = each_once(times, y.size());
+  return wrong.empty() ? judge(x.touched(false), wanted) : "stores " + wrong;
+}
+
+// 1x3 and 3x1; c.stride 2: both pools.
+std::string separable_in_space(const Case& c) {
+  Buffer<float> row_weight(c.C * 3), col_weight(c.C * 3);
+  return forward_of(c, [&](const TensorRef& x, const TensorRef& y) {
+    SepconvForwardArgs args{};
+    args.row = Case{"", c.N, c.C, c.H, c.W, 1, 3, 1, 1, 1}.geometry();
+    args.col = Case{"", c.N, c.C, c.H, c.W / c.stride, 3, 1, 1, 1, 1}.geometry();
+    args.pool_w = args.pool_h = c.stride, args.input = x, args.output = y;
+    args.row_weight = row_weight.data(), args.col_weight = col_weight.data();
+    cuda::sepconv_fwd(DType::f32, args, kDevice, nullptr);
+  });
+}
+
+// Pool 2x2, filter 3x3, stride 2.
+std::string blurred_max(const Case& c) {
+  return forward_of(c, [&](const TensorRef& x, const TensorRef& y) {
+    const DepthwiseGeometry g = c.geometry();
+    BlurMaxPoolArgs args{};
+    args.N = g.N, args.C = g.C, args.H = g.H, args.W = g.W, args.Hp = g.H - 1, args.Wp = g.W - 1;
+    args.P = g.P, args.Q = g.Q, args.stride_h = args.stride_w = 2, args.size = 3;
+    args.window_h = args.window_w = 2, args.input = x, args.output = y;
+    cuda::blur_max_pool_fwd(DType::f32, args, kDevice, nullptr);
+  });
 }
 
 // What each block's elements of the input's gradient need of the gradient at the sums.
@@ -422,6 +463,9 @@ int main() try {
       }
     }
   }
+  wrong += report("sepconv forward", kCases[0], separable_in_space(kCases[0]));
+  wrong += report("sepconv forward, both pools,", kPooled, separable_in_space(kPooled));
+  wrong += report("blurmaxpool forward", kPooled, blurred_max(kPooled));
   for (const Case& c : kRows) {
     wrong += report("dwconv forward", c, forward(c, 0));
     if (c.stride == 1) wrong += report("dwconv input gradient", c, input_gradient(c));
