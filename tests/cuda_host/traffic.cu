@@ -63,6 +63,9 @@ constexpr Case kRows[] = {
     {"NCHW 3x3 stride 2", 2, 10, 27, 64, 3, 3, 2, 1, 1, true, false},
 };
 
+// What an output behind pools or a blur of 3x3 needs.
+constexpr Case kPooled = {"4x4 stride 2", 2, 40, 18, 22, 4, 4, 2, 1, 1};
+
 // For dsconv besides: windows with gaps between them or in them, in patches and too far apart for one.
 constexpr Case kSeparableCases[] = {
     {"1x1 stride 2", 1, 24, 17, 18, 1, 1, 2, 1, 1},
@@ -430,6 +433,46 @@ std::string matrix_gradient(const Case& c, index_t K) {
   return wrong.empty() ? judge(layer.x.touched(false), x) : "gradient: " + wrong;
 }
 
+// ---- sepconv, blurmaxpool ----
+
+// A call(x, y) whose outputs need `c`'s windows of their channel, and are stored once.
+template <class Call>
+std::string forward_of(const Case& c, const Call& call) {
+  const DepthwiseGeometry g = c.geometry();
+  FloatMap x(g.N, g.C, g.H, g.W), y(g.N, g.C, g.P, g.Q);
+  trace([&] { call(x.ref(), y.ref()); });
+  std::map<index_t, int> times;
+  Blocks wanted = y.touched(true, &times);
+  for (auto& [block, elements] : wanted) elements = windows(g, elements, g.C, false);
+  const std::string wrong = each_once(times, y.size());
+  return wrong.empty() ? judge(x.touched(false), wanted) : "stores " + wrong;
+}
+
+// 1x3 and 3x1; c.stride 2: both pools.
+std::string separable_in_space(const Case& c) {
+  Buffer<float> row_weight(c.C * 3), col_weight(c.C * 3);
+  return forward_of(c, [&](const TensorRef& x, const TensorRef& y) {
+    SepconvForwardArgs args{};
+    args.row = Case{"", c.N, c.C, c.H, c.W, 1, 3, 1, 1, 1}.geometry();
+    args.col = Case{"", c.N, c.C, c.H, c.W / c.stride, 3, 1, 1, 1, 1}.geometry();
+    args.pool_w = args.pool_h = c.stride, args.input = x, args.output = y;
+    args.row_weight = row_weight.data(), args.col_weight = col_weight.data();
+    cuda::sepconv_fwd(DType::f32, args, kDevice, nullptr);
+  });
+}
+
+// Pool 2x2, filter 3x3, stride 2.
+std::string blurred_max(const Case& c) {
+  return forward_of(c, [&](const TensorRef& x, const TensorRef& y) {
+    const DepthwiseGeometry g = c.geometry();
+    BlurMaxPoolArgs args{};
+    args.N = g.N, args.C = g.C, args.H = g.H, args.W = g.W, args.Hp = g.H - 1, args.Wp = g.W - 1;
+    args.P = g.P, args.Q = g.Q, args.stride_h = args.stride_w = 2, args.size = 3;
+    args.window_h = args.window_w = 2, args.input = x, args.output = y;
+    cuda::blur_max_pool_fwd(DType::f32, args, kDevice, nullptr);
+  });
+}
+
 int report(const char* kernel, const Case& c, const std::string& wrong) {
   std::printf("%s %s: %s\n", kernel, c.name, wrong.empty() ? "each block loads what its results need" : wrong.c_str());
   return wrong.empty() ? 0 : 1;
@@ -468,6 +511,9 @@ int main() try {
     wrong += report("dwconv forward", c, forward(c, 0));
     if (c.stride == 1) wrong += report("dwconv input gradient", c, input_gradient(c));
   }
+  wrong += report("sepconv forward", kCases[0], separable_in_space(kCases[0]));
+  wrong += report("sepconv forward, both pools,", kPooled, separable_in_space(kPooled));
+  wrong += report("blurmaxpool forward", kPooled, blurred_max(kPooled));
   return wrong ? 1 : 0;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
