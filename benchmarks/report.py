@@ -577,7 +577,6 @@ _TARGETS = {
 }
 
 BLOCKS: dict[str, Callable[[list[dict]], str]] = {
-    "operators": _operators,
     "targets": _targets,
     "dsconv-summary": _section("dsconv", _dsconv_summary),
     "dsconv": _section("dsconv", _dsconv_table),
@@ -594,6 +593,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "module-training": _section("training", _training_table("module-training", "module")),
     "overhead": _section("overhead", _overhead_table),
     "gpu": lambda results: report_gpu.block(_of_suite(results, "gpu")),
+    "operators": _operators,
 }
 
 

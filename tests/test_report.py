@@ -207,7 +207,21 @@ def test_models_and_dwconv_tables():
     assert "Geometric mean: 1.50x." in report.BLOCKS["dwconv"]([result("dwconv", [dw])])
 
 
-@pytest.mark.parametrize("block", report.BLOCKS)
+def test_operators_are_those_of_the_backends():
+    """Every operator that a backend has stands in the table, its functions and modules exist, and no other does."""
+    from benchmarks import operators
+    from effops import backends, functional, modules
+
+    listed = {operator.op for operator in operators.OPERATORS}
+    assert listed == set().union(*(getattr(backend, "operators", ()) for backend in backends.BACKENDS))
+    for operator in operators.OPERATORS:
+        assert all(hasattr(functional, name) for name in operator.functions)
+        assert all(hasattr(modules, name) for name in operator.modules)
+    text = report.BLOCKS["operators"]([])
+    assert "| - | - | F; fp32 bf16 fp64; CPU |" in text and "on a device they are unverified" in text
+
+
+@pytest.mark.parametrize("block", [name for name in report.BLOCKS if name != "operators"])
 def test_every_block_says_when_it_is_not_measured(block):
     assert "ot measured yet" in report.BLOCKS[block]([])
 
