@@ -93,9 +93,10 @@ def _sums_kernel(
             product += value * load_tile(grad, n, h, w, c, mask, VEC).to(acc)
     images = sizes.M // (sizes.H * sizes.W)
     at = (block.to(tl.int64) * images + n) * sizes.D + c
-    tl.store(sums + at, tl.sum(total, 0), mask=live)
+    # Float64 beyond a thread's own pixels, as in dwconv's statistics: errors of the gates' gradient add up behind it.
+    tl.store(sums + at, tl.sum(total.to(tl.float64), 0), mask=live)
     if grad.data is not None:
-        tl.store(products + at, tl.sum(product, 0), mask=live)
+        tl.store(products + at, tl.sum(product.to(tl.float64), 0), mask=live)
 
 
 @triton.jit
