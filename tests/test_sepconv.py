@@ -50,12 +50,6 @@ def kernels(request: pytest.FixtureRequest) -> str:
     return require_share(request.param, request.node)
 
 
-@pytest.fixture
-def operators(kernels: str) -> tuple[Callable, Callable]:
-    """Their operators, forward and backward."""
-    return KERNELS[kernels]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Cases and their oracle
 # ---------------------------------------------------------------------------------------------------------------------
@@ -340,15 +334,15 @@ def raw_arguments(case: SepCase, tensors: Tensors) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("layout", ("contiguous", "channels_last"))
-def test_every_mask_and_any_grad_output(layout: str, operators: tuple[Callable, Callable]) -> None:
+def test_every_mask_and_any_grad_output(layout: str, kernels: str) -> None:
     """Gradients come in schema order, only those asked for, the same whatever else is asked for."""
     case = replace(RAW, layout=layout)
     arguments = raw_arguments(case, make_tensors(case, torch.float64))
-    forward, backward = operators
+    forward, backward = KERNELS[kernels]
     shape = forward(**arguments).shape
     grad_output = draw(shape, generator("masks"), "normal")
     every = backward(grad_output=grad_output, **arguments, mask=511)
-    random = torch.randint(1, 511, (4 if "triton" in str(forward) else 20,), generator=generator("m"))
+    random = torch.randint(1, 511, (4 if interpreted(kernels) else 20,), generator=generator("m"))
     for mask in [0, *(1 << bit for bit in range(9)), *random.tolist()]:
         found = backward(grad_output=grad_output, **arguments, mask=mask)
         expected = [grad for bit, grad in enumerate(every) if mask >> bit & 1]
