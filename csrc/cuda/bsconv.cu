@@ -16,8 +16,8 @@
 // the call; eager keeps e, and what each part of the epilogue makes of it, from forward to backward.
 //
 // Bytes a pixel of 16-bit maps, backward without m, all gradients, linear epilogues: e written and read, grad_e written
-// and twice read, grad_output twice, x read twice and grad_x written: 2 (7 K + 3 C). float16, 128 -> 128, 56 x 56, batch
-// 128: 2560 bytes, 1 GB, 239 us on an H200 (4.3 TB/s); the kernels' own bounds stand at them. Calculated, nothing
+// and twice read, grad_output twice, x read twice and grad_x written: 2 (7 K + 3 C). float16, 128 -> 128, 56 x 56,
+// batch 128: 2560 bytes, 1 GB, 239 us on an H200 (4.3 TB/s); the kernels' own bounds stand at them. Calculated, nothing
 // measured.
 #include "csrc/cuda/expanded.h"
 #include "csrc/cuda/math.h"

@@ -1,6 +1,6 @@
-// Pointwise -> epilogue -> depthwise -> epilogue in one kernel, which rooms bsconv and mbconv launch; what stands between
-// the two, as wide as the output, never leaves the chip. Unverified on a device: what is said of speed is calculated,
-// nothing measured.
+// Pointwise -> epilogue -> depthwise -> epilogue in one kernel, which rooms bsconv and mbconv launch; what stands
+// between the two, as wide as the output, never leaves the chip. Unverified on a device: what is said of speed is
+// calculated, nothing measured.
 //
 //   a block    a box of 64 output pixels (dsconv_tile.h) x a range of blocks of 32 channels (16 of double)
 //
@@ -13,8 +13,9 @@
 //        sums over the box's pixels, [image][box][channel]
 //
 // As many blocks share the channels of a box as give every processor four; each reads x under the box once a block of
-// channels, from L2 but for the first time. Bytes a pixel of 16-bit maps: 2 (C + K) from and to memory, 2 C x 1.6 K / 32
-// from L2 at 3x3. What is multiplied twice is the halo: 128 pixels (the existing ones of 100, in steps of 64) for 64.
+// channels, from L2 but for the first time. Bytes a pixel of 16-bit maps: 2 (C + K) from and to memory, at 3x3 2 C x
+// 1.6 K / 32 from L2. What is multiplied twice is the halo: 128 pixels (the existing ones of 100, in steps of 64) for
+// 64.
 //
 // Calculated for float16, channels_last, batch 128, on an H200 (4.3 TB/s, 132 processors at 1.75 GHz):
 //   128 -> 128, 56 x 56   512 bytes a pixel: 206 MB, 48 us; from L2 640 bytes more, 260 MB, 45 us at 5.7 TB/s; products

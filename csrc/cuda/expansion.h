@@ -2,12 +2,12 @@
 // pixels, a block of 32 channels (16 of double) at a time, in shared memory and nowhere else.
 //
 //   x: the pixels under the box that exist, 64 at a time     matrix: a block's rows
-//   +------------------+                                     +------------------+   two stages, 64 input channels (32 of
-//   | [64][64]         |                                     | [32][64]         |   float, 16 of double) each, copied by
-//   +--------+---------+                                     +--------+---------+   cp.async while one is multiplied
+//   +------------------+                                     +------------------+  two stages, 64 input channels (32 of
+//   | [64][64]         |                                     | [32][64]         |  float, 16 of double) each, copied by
+//   +--------+---------+                                     +--------+---------+  cp.async while one is multiplied
 //            +-----------------------+--------------------------------+
 //                                    v
-//            sums [64][32] in registers (gemm.h) -> epilogue -> rounded to the maps' type, as the map in memory would be
+//            sums [64][32] in registers (gemm.h) -> epilogue -> rounded to the maps' type, as the map in memory is
 //                                    v
 //            patch [image][row][column][32], zeros outside the map (its padding comes behind the epilogue)
 //                                    v

@@ -6,8 +6,8 @@
 //               z --projection--> y                                                (pointwise.h)
 //
 // The second way is a squeeze-excite's, whose gates depend on all of z. It is also the faster one
-//   * for more than 128 output channels: a second tile of them would expand all channels once more, some 80 instructions
-//     an element of z against the four bytes that it takes to write and read it;
+//   * for more than 128 output channels: a second tile of them would expand all channels once more, some 80
+//     instructions an element of z against the four bytes that it takes to write and read it;
 //   * for fewer boxes than processors (7 x 7 maps at batch 1): its blocks share the channels too.
 // The expanded map is in memory in neither. Without an expansion z is dwconv's, and all of it room dsconv's where there
 // is no squeeze-excite either.

@@ -1,6 +1,6 @@
-// Room mbconv, forward, without a squeeze-excite: pointwise -> epilogue -> depthwise -> epilogue -> pointwise -> epilogue
-// in one kernel; nothing as wide as the expanded map is ever in memory. Unverified on a device: what is said of speed is
-// calculated, nothing measured.
+// Room mbconv, forward, without a squeeze-excite: pointwise -> epilogue -> depthwise -> epilogue -> pointwise ->
+// epilogue in one kernel; nothing as wide as the expanded map is ever in memory. Unverified on a device: what is said
+// of speed is calculated, nothing measured.
 //
 //   a block    a box of 64 output pixels (dsconv_tile.h) x all output channels, up to 128
 //
@@ -8,7 +8,7 @@
 //        patch of the expanded map in shared memory (expansion.h)
 //              |  windows and epilogue
 //              v
-//        z [64 pixels][32] in shared memory, rounded       columns of the projection [N][32], copied by cp.async meanwhile
+//        z [64 pixels][32] in shared memory, rounded    columns of the projection [N][32], copied by cp.async meanwhile
 //              +-----------------------+---------------------------+
 //                                      v
 //        sums [64][N] += z * columns^T in registers (gemm.h), which stay there for all expanded channels
@@ -18,9 +18,9 @@
 // 16-bit maps: 2 (C + K), and 2 K for a residual.
 //
 // Calculated for float16, channels_last, batch 128, on an H200 (4.3 TB/s, 132 processors at 1.75 GHz):
-//   24 -> 144 -> 24, 56 x 56   144 bytes a pixel with the residual: 58 MB, 13 us. Products 2 x 160 x (64 x 2 + 32) flops
-//                              a pixel, as tiles are wider than these channels: 21 GFLOP, 27 us. Counted by hand, 85
-//                              instructions an element of z, 58 million of them, issue for 165 us, so instructions
+//   24 -> 144 -> 24, 56 x 56   144 bytes a pixel with the residual: 58 MB, 13 us. Products 2 x 160 x (64 x 2 + 32)
+//                              flops a pixel, as tiles are wider than these channels: 21 GFLOP, 27 us. Counted by hand,
+//                              85 instructions an element of z, 58 million of them, issue for 165 us, so instructions
 //                              bound it; three perfect kernels take 121 us, with nine times the traffic.
 #include "csrc/cuda/expanded.h"
 #include "csrc/cuda/expansion.h"
