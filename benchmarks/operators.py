@@ -58,7 +58,8 @@ _SHORT = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "float64": "
 _LEGEND = (
     "F forward, B backward by kernels (`reference` has both for every operator, in every dtype, and all higher "
     "derivatives). Then the dtypes, and what the tests run it on: the CPU; Triton's interpreter or the CUDA sources on "
-    "the host, and compiled for sm_80, sm_90 and sm_100 without spills. "
+    "the host, and compiled ahead of time without spills: [Triton](docs/triton_kernels.md), "
+    "[CUDA](docs/cuda_kernels.md). "
 )
 _NO_GPU = "**No GPU kernel has run on a GPU yet: on a device they are unverified.**"
 
