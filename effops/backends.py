@@ -207,6 +207,7 @@ class _Cuda(_OnGpus):
 
     name = "cuda"
     operators = _Kernels.operators | {"blur_max_pool", "bsconv", "dsconv_parts", "mbconv", "se", "sepconv"}
+    most_parts = 7  # depthwise windows side by side (csrc/cuda/dsconv_parts.h)
     missing = None if CUDA_HOST else _library.why_no_cuda
     on_cpu = bool(CUDA_HOST)
 
