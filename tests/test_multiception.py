@@ -172,7 +172,8 @@ def call(tensors: Tensors, case: PartsCase, backend: str) -> Tensor:
     t = tensors
     return function(
         t["input"], weights_of(t, case), t["pw_weight"], t["dw_bias"], t["bias"], case.stride, case.padding,
-        case.dilation, dw_activation=case.dw.activation, dw_scale=t["dw_scale"], dw_shift=t["dw_shift"],
+        case.dilation, dw_activation=case.dw.activation, dw_negative_slope=case.dw.slope, dw_scale=t["dw_scale"],
+        dw_shift=t["dw_shift"], negative_slope=case.pw.slope,
         dw_post_activation=case.dw.post_activation, activation=case.pw.activation, scale=t["scale"],
         shift=t["shift"], residual=t["residual"], post_activation=case.pw.post_activation, backend=backend,
     )  # fmt: skip

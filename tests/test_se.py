@@ -64,6 +64,7 @@ CASES = {
         Case(id="cl_chunk", c=28, h=9, w=6, between=8, layout="cl_chunk"),
         Case(id="crop", c=9, h=6, between=2, layout="crop", bias=False, activation="hardswish", gate="hardsigmoid"),
         Case(id="expand_batch", n=3, layout="expand_batch", activation="gelu"),
+        Case(id="expand_space", n=1, c=24, h=1, w=2, layout="expand_space", between=1, bias=False, activation="none"),
         Case(id="batch0", n=0),
         Case(id="one_image_of_many_pixels", n=1, c=72, h=61, w=47, between=24, layout="channels_last",
              activation="leaky_relu"),

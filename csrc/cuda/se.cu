@@ -214,7 +214,8 @@ class Reach {
     }
     width_ = flat ? maps.pixels() : maps.W;
     if (pixels && (of_pixels | width_) % kWide<T> == 0) form_ = Form::pixels;
-    if (channels && of_channels % kWide<T> == 0) form_ = Form::channels;
+    // A map of one value a channel (space expanded) has its channels side by side and yet no channel inside a pixel.
+    if (channels && inside_ && of_channels % kWide<T> == 0) form_ = Form::channels;
     if (kWide<T> == 1) form_ = Form::single;
   }
   Form form() const { return form_; }
