@@ -61,6 +61,9 @@ CASES = [
     PoolCase(id="size7-stride1-reflect", h=8, w=6, size=7, stride=(1, 1), mode="reflect"),
     PoolCase(id="size2", size=2, layout="channels_last"),
     PoolCase(id="size1-only_subsamples", size=1),
+    # A row's gradient comes from more rows than a window has: those that saw it, and those that saw its mirror image.
+    PoolCase(id="size2-reflect-stride1", h=3, w=2, kernel=(1, 1), stride=(1, 1), size=2, mode="reflect"),
+    PoolCase(id="size5-reflect-stride1-nchw", h=4, w=5, kernel=(1, 1), stride=(1, 1), size=5, mode="reflect"),
     PoolCase(id="size6-above_the_map", h=3, w=2, size=6),
     PoolCase(id="kernel1x3", kernel=(1, 3), padding=(0, 1), stride=(1, 2), layout="channels_last"),
     PoolCase(id="kernel4x1", kernel=(4, 1), padding=(2, 0), stride=(3, 1)),

@@ -219,6 +219,9 @@ struct BlurMaxPoolBackward {
     per_image = a.N >= slots ? 1 : imin(a.H, ceil_div(slots, imax(1, a.N)));
   }
 
+  // Where the padding reflects, a pooled row went to rows beyond a window's: up to as far as its mirror image lies.
+  index_t mirrored_rows() const { return args.reflect ? 2 * args.size : 0; }
+
   void run() {
     if (args.N == 0) return;
     run_tasks(args.N * per_image, [&](index_t i) {
@@ -243,7 +246,7 @@ struct BlurMaxPoolBackward {
           h_begin(begin),
           h_end(end),
           input(arena, args.input, o.input_rows),
-          grad_output(arena, args.output, o.grad_rows) {
+          grad_output(arena, args.output, o.grad_rows, o.mirrored_rows()) {
       const auto values = [&](index_t count) { return static_cast<C*>(arena.allocate(count * sizeof(C))); };
       ring = values(args.window_h * args.W * op.ld);
       blurred = values(args.Q * kLanes<C>);
