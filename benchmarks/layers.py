@@ -91,6 +91,10 @@ class LayerProblem:
         x = torch.randn(batch, case.channels, case.size, case.size, generator=self._generator)
         self.x = x.to(device, dtype)
         self._truth: torch.Tensor | None = None
+        self._batch = batch
+
+    def macs(self) -> int:
+        return self.case.macs(self._batch)
 
     @property
     def truth(self) -> torch.Tensor:

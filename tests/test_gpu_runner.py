@@ -699,7 +699,7 @@ def test_budget_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_rehearsal_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The real worker on the CPU: peaks, problems of each kind, gates; then nothing is left to do."""
-    command = ["--rehearse", "--out", str(tmp_path), "--only", "peaks,dw/,forward+backward,bfloat16"]
+    command = ["--rehearse", "--out", str(tmp_path), "--only", "peaks,dw/,block/,forward+backward,bfloat16"]
     assert runner.main(command, describe_as(NO_GPU)) == 0
     path = tmp_path / "gpu-cpu-rehearsal.json"
     result = json.loads(path.read_text())
@@ -708,7 +708,7 @@ def test_rehearsal_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     for found in result["entries"]:
         assert found["commit"] and found["code"] and found["date"] and "error" not in found
         by_side.setdefault(found["side"], []).append(found)
-    assert {side: len(found) for side, found in by_side.items()} == {"peaks": 1, "effops-auto": 3, "eager": 3}
+    assert {side: len(found) for side, found in by_side.items()} == {"peaks": 1, "effops-auto": 6, "eager": 6}
     assert by_side["peaks"][0]["copy_gbs"] > 0
     for found in by_side["effops-auto"]:
         assert found["gate"]["norm"] >= 0 and found["backend"]
@@ -720,7 +720,7 @@ def test_rehearsal_from_end_to_end(tmp_path: Path, capsys: pytest.CaptureFixture
     before, _ = path.read_text(), capsys.readouterr()
     assert runner.main(command, describe_as(NO_GPU)) == 0
     assert json.loads(path.read_text())["entries"] == json.loads(before)["entries"]
-    assert "7 entries in" in capsys.readouterr().out
+    assert "13 entries in" in capsys.readouterr().out
 
 
 # ---- the report -----------------------------------------------------------------------------------------------------
