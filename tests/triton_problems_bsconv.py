@@ -38,6 +38,7 @@ CASES = [
     BsCase(id="k7-c96-k96-28x28-a_loop", n=32, c=96, k=96, h=28, w=28, pw=_NORM, epi=_RELU, **same(7)),
     BsCase(id="k3-c320-k320-7x7-one_image", n=1, c=320, k=320, m=80, h=7, w=7, mid=_NORM, epi=_RELU),
     BsCase(id="k3-c64-k64-28x28-one_image", n=1, c=64, k=64, h=28, w=28, epi=_RELU),
+    BsCase(id="k3-c64-k64-14x14-few_patches", n=32, c=64, k=64, h=14, w=14, epi=_RELU),
     BsCase(id="k3-c17-k13-19x23-one_by_one", n=2, c=17, k=13, m=5, h=19, w=23, **_HEAVIEST),
     BsCase(id="k3-c1-k1-4x4-tiny", n=1, c=1, k=1, h=4, w=4),
     BsCase(id="k3-c64-k64-1024x1024-64_bit", n=64, c=64, k=64, m=16, h=1024, w=1024, **_HEAVIEST),
