@@ -126,6 +126,8 @@ CASES = [
     PartsCase(id="n9-2x3-maps", n=9, h=2, w=3, c=17, kernels=K357, pw=Epi(bias=True)),
 ]  # fmt: skip
 STRIDED = CASES[2]
+# Without the second activation: its roundings take torch's own float16 chain past the norm bound.
+FLOAT16 = (CASES[0], CASES[11], replace(CASES[15], pw=replace(_FULL, post_activation="none")))
 
 
 def make_tensors(case: PartsCase, dtype: torch.dtype) -> Tensors:
@@ -223,7 +225,7 @@ def test_gradients_bfloat16(case: PartsCase, cpp: str) -> None:
     check_gradients(case, torch.bfloat16, cpp)
 
 
-@pytest.mark.parametrize("case", (CASES[0], CASES[11], CASES[15]), ids=lambda c: c.id)
+@pytest.mark.parametrize("case", FLOAT16, ids=lambda c: c.id)
 def test_float16(case: PartsCase, float16_backend: str) -> None:
     check_forward(case, torch.float16, float16_backend)
     check_gradients(case, torch.float16, float16_backend)

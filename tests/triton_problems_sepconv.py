@@ -52,6 +52,8 @@ CASES = (
          activations=(NONE, RELU, NONE, RELU)),
     Case("5x5-c32-32x32-none", (32, 32, 32, 32), 0, 5, some=3),
     Case("9x9-c32-32x32-a_loop", (32, 32, 32, 32), POOL_ROW | POOL_COL, 9, some=3),
+    # Pairs loop under windows wider than 34 alone.
+    Case("37x37-c32-16x48-a_loop_of_pairs", (8, 32, 16, 48), POOL_ROW | POOL_COL, 37, some=6),
     Case("3x3-c17-19x23-one_by_one", (2, 17, 19, 23), POOL_ROW | POOL_COL, some=3),
     Case("3x3-c64-1024x1024-64_bit", (64, 64, 1024, 1024), POOL_ROW | POOL_COL, some=2),
 )  # fmt: skip

@@ -245,9 +245,7 @@ class Tile(NamedTuple):
 def configs() -> dict[str, list[dict[str, Any]]]:
     """What the chooser can return, by kernel, for the ahead-of-time check: blocks follow the channels."""
     either = [{"UNROLLED": unrolled, "num_warps": _WARPS} for unrolled in (True, False)]
-    # Pairs loop under windows wider than 34 alone, which no problem of the check has: that form is not compiled there.
-    unrolled = [{"UNROLLED": True, "num_warps": _WARPS}]
-    return {"_forward_kernel": either} | dict.fromkeys(("_pairs_kernel", "_pairs_gradient_kernel"), unrolled)
+    return dict.fromkeys(("_forward_kernel", "_pairs_kernel", "_pairs_gradient_kernel"), either)
 
 
 def _tile(x: Tensor, channels: int, channels_last: int, wide: bool, loads_of_rows: Callable[[int], int]) -> Tile:
