@@ -32,7 +32,7 @@ PIP := $(PY) -m pip --disable-pip-version-check install --quiet
 CSRC := $(shell find csrc -type f ! -name '*.md')
 FORMATTED := $(shell find csrc examples tests -name '*.cpp' -o -name '*.h' -o -name '*.inl' -o -name '*.cu')
 SANITIZED := $(CURDIR)/build/sanitized
-SANITIZED_TESTS := $(patsubst %,tests/test_%.py,dwconv dsconv multiception bsconv sepconv blurmaxpool mbconv se)
+SANITIZED_TESTS := $(patsubst %,tests/test_%.py,dwconv dsconv multiception bsconv sepconv blurmaxpool mbconv se effnet)
 OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
 KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 

@@ -554,12 +554,16 @@ def _ratio_targets(kind: str, what: str, goal: float) -> Callable[[dict], list[l
     return rows
 
 
+def _all_passed(entry: dict) -> bool:
+    """Whether this is a finished run of the whole suite's GPU tests, and none failed."""
+    whole = entry.get("stage") == "tests" and entry.get("path") == "tests" and not entry.get("incomplete")
+    return whole and entry.get("passed", 0) > 0 and entry.get("failed") == 0
+
+
 def _operators(results: list[dict]) -> str:
     header, *rows = operators.rows()
     gpus = [
-        result["machine"]["gpu"]
-        for result in _of_suite(results, "gpu")
-        if any(entry.get("stage") == "tests" and not entry.get("failed", 1) for entry in result["entries"])
+        result["machine"]["gpu"] for result in _of_suite(results, "gpu") if any(map(_all_passed, result["entries"]))
     ]
     return f"{table(header, rows)}\n\n{operators.legend(gpus)}"
 

@@ -31,7 +31,6 @@ BACKENDS = ("reference", "cpp", "triton", "cuda")
 
 settings.register_profile(
     "effops",
-    max_examples=int(os.environ.get("EFFOPS_HYPOTHESIS", "150")),
     derandomize="EFFOPS_HYPOTHESIS" not in os.environ or "CI" in os.environ,
     database=None,
     deadline=None,

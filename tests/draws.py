@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,17 @@ import test_se
 import test_sepconv
 import torch
 from cases import ACTIVATIONS, BsCase, DsCase, DwCase, Epi
-from helpers import KINKS, check_forward, check_gradients, output_size
+from helpers import (
+    KINKS,
+    assert_within_budget,
+    check_forward,
+    check_gradients,
+    lay_out,
+    output_size,
+)
 from hypothesis import assume
 from hypothesis import strategies as st
+from module_helpers import image, trio
 
 LAYOUTS = (
     "contiguous", "channels_last", "cl_chunk", "cl_odd_chunk", "cl_crop", "offset", "crop", "every_second",
@@ -216,11 +225,59 @@ def blur_max_pool(draw, dtype: torch.dtype) -> test_blurmaxpool.PoolCase:
     return case
 
 
+@dataclass(frozen=True)
+class EffNetCase:
+    """A block of EffNet, in eval, and its input."""
+
+    n: int
+    c: int
+    h: int
+    w: int
+    layout: str
+    id: str
+    k: int
+    options: dict[str, Any]
+
+    def make(self, layers: Any) -> torch.nn.Module:
+        torch.manual_seed(zlib.crc32(self.id.encode()))
+        return layers.EffNetBlock(self.c, self.k, **self.options).eval()
+
+
+@st.composite
+def effnet(draw, dtype: torch.dtype) -> EffNetCase:
+    case = EffNetCase(
+        **maps(draw),
+        k=draw(FEW),
+        options={
+            "version": draw(st.sampled_from((1, 2))),
+            "bottleneck": draw(st.sampled_from((1, 2))),
+            "dw_act": draw(st.sampled_from((None, "relu", "silu"))),
+            "slope": draw(st.sampled_from((None, 0.0, 0.3))),
+            "residual": draw(st.booleans()),
+            "downsample": draw(st.sampled_from(("pool", "stride"))),
+            "norm": draw(st.sampled_from((None, torch.nn.BatchNorm2d))),
+        },
+    )
+    assume(min(case.h, case.w) > 1)
+    # An odd height is pooled down and strided up: the shortcut's then differs.
+    assume(not case.options["residual"] or (case.h % 2 == case.w % 2 == 0))
+    return case
+
+
 # ---- what they are held to ------------------------------------------------------------------------------------------
 
 
 def has_kinks(*epis: Epi) -> bool:
     return any(name in KINKS for epi in epis for name in (epi.activation, epi.post_activation))
+
+
+def smooth_squeeze_excite(activation: str, gate: str) -> bool:
+    return activation not in KINKS and gate not in KINKS
+
+
+def smooth_mbconv(case: test_mbconv.Case) -> bool:
+    squeezes = not case.se or smooth_squeeze_excite(case.se_activation, case.se_gate)
+    return squeezes and not has_kinks(case.expand, case.dw, case.pw)
 
 
 def hold(case: DwCase | DsCase | BsCase, dtype: torch.dtype, backend: str) -> None:
@@ -243,8 +300,18 @@ def hold_sepconv(case: test_sepconv.SepCase, dtype: torch.dtype, backend: str) -
 
 def hold_mbconv(case: test_mbconv.Case, dtype: torch.dtype, backend: str) -> None:
     test_mbconv.test_values(case, dtype, backend)
-    if not has_kinks(case.expand, case.dw, case.pw) and case.se_gate == "sigmoid" and case.se_activation not in KINKS:
+    if smooth_mbconv(case):
         test_mbconv.check_gradients(case, dtype, backend)
+
+
+def hold_effnet(case: EffNetCase, dtype: torch.dtype, backend: str) -> None:
+    """The one kernel without gradients, against the stock twin's chain."""
+    networks = trio(case.make, dtype, backend)
+    x = lay_out(image(case.n, case.c, case.h, case.w), case.layout, dtype)
+    with torch.no_grad():
+        actual, yardstick, truth = (network(i) for network, i in zip(networks, (x, x, x.double()), strict=True))
+    assert actual.dtype == dtype
+    assert_within_budget(actual, truth, None if dtype == torch.float64 else yardstick, f"{case} {backend} output")
 
 
 @dataclass(frozen=True)
@@ -278,4 +345,5 @@ OPERATORS = {
     "blur_max_pool": Operator(
         "blur_max_pool", blur_max_pool, test_blurmaxpool.check_values_and_gradients, products=False
     ),
+    "effnet": Operator("effnet", effnet, hold_effnet),
 }

@@ -5,7 +5,7 @@ The truth is the oracle's in float64 on the CPU; the yardstick is torch's own un
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import pytest
@@ -16,7 +16,7 @@ import test_se
 import test_sepconv
 import torch
 from cases import BS_CASES
-from draws import has_kinks
+from draws import has_kinks, smooth_mbconv, smooth_squeeze_excite
 from helpers import (
     Tensors,
     assert_within_budget,
@@ -83,7 +83,7 @@ ROOMS = {
         test_mbconv.make_tensors,
         test_mbconv.call,
         test_mbconv.oracle,
-        lambda c: not has_kinks(c.expand, c.dw, c.pw) and c.se_gate == "sigmoid" and (not c.se or "relu" not in c.id),
+        smooth_mbconv,
     ),
     "sepconv": Room(
         "sepconv",
@@ -99,7 +99,7 @@ ROOMS = {
         test_se.tensors_of,
         _call_se,
         lambda t, c: test_se.oracle(t, c.activation, c.gate),
-        lambda c: c.activation in ("silu", "gelu", "none") and c.gate == "sigmoid",
+        lambda c: smooth_squeeze_excite(c.activation, c.gate),
     ),
     "blur_max_pool": Room(
         "blur_max_pool",
@@ -120,15 +120,6 @@ TELLING = [param for param in SMOOTH if "1x1" not in param.id and "padding_above
 def gpu_kernels(request: pytest.FixtureRequest) -> str:
     """The backends with GPU kernels, in turn."""
     return request.param
-
-
-@pytest.fixture(autouse=True)
-def _float32_is_float32() -> Iterator[None]:
-    """torch's convolutions take TF32 unless told otherwise; the budget is float32's."""
-    before = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-    yield
-    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def require_kernels(room: Room, name: str) -> None:

@@ -221,6 +221,25 @@ def test_operators_are_those_of_the_backends():
     assert "| - | - | F; fp32 bf16 fp64; CPU |" in text and "on a device they are unverified" in text
 
 
+@pytest.mark.parametrize(
+    ("entry", "named"),
+    [
+        ({"path": "tests", "passed": 900, "failed": 0}, True),
+        ({"path": "tests", "passed": 900, "failed": 1}, False),
+        ({"path": "tests", "passed": 0, "failed": 0}, False),
+        ({"path": "tests", "passed": 900, "failed": 0, "incomplete": True}, False),
+        ({"path": "benchmarks", "passed": 9, "failed": 0}, False),
+        ({"path": "tests", "error": "hung"}, False),
+    ],
+    ids=("passed", "one failed", "none ran", "cut short", "benchmarks", "error"),
+)
+def test_a_gpu_is_named_where_its_whole_suite_passed(entry, named):
+    result = {"suite": "gpu", "machine": {"gpu": "A card", "cpu": ""}, "entries": [{"stage": "tests"} | entry]}
+    text = report.BLOCKS["operators"]([result])
+    assert ("The tests passed on: A card." in text) == named
+    assert ("on a device they are unverified" in text) != named
+
+
 @pytest.mark.parametrize("block", [name for name in report.BLOCKS if name != "operators"])
 def test_every_block_says_when_it_is_not_measured(block):
     assert "ot measured yet" in report.BLOCKS[block]([])

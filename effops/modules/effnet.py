@@ -332,10 +332,10 @@ class EffNetBlock(FusedBlock):
         return self._pointwise(z, project, buffers["_project_taps"], stages)
 
     def _forward_whole(self, input: Tensor, shortcut: Tensor | None) -> Tensor | None:
-        """The block as one kernel, where it can be: no gradient, no batch statistics, no part for torch."""
+        """The block as one kernel, where it can be: no batch statistics, no part for torch (effnet_block has more)."""
         parts = self._modules
         dw, project = parts["dw"], parts["project"]
-        if torch.is_grad_enabled() or self.training or project.groups != 1 or tampered(dw) or not dw._fuses():
+        if self.training or project.groups != 1 or tampered(dw) or not dw._fuses():
             return None
         inner = dw._modules
         row, col = inner["row"], inner["col"]
