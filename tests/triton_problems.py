@@ -17,21 +17,11 @@ import torch
 from cases import FULL, DsCase, DwCase, Epi
 from helpers import Tensors, geometry_of, make_tensors
 from torch import Tensor
-from triton_rooms import RoomProblem, room_problems
+from triton_rooms import DTYPES_AND_LAYOUTS, RoomProblem, room_problems
 
 from effops.ops import geometry as G
 from effops.ops.dwconv import banks
 from effops.ops.epilogue import output_gives_gradient
-
-DTYPES_AND_LAYOUTS = (
-    (torch.float16, "channels_last"),
-    (torch.float16, "contiguous"),
-    (torch.bfloat16, "channels_last"),  # in NCHW it is float16 but for two conversions
-    (torch.float32, "channels_last"),
-    (torch.float32, "contiguous"),
-    (torch.float64, "channels_last"),
-    (torch.float64, "contiguous"),
-)
 
 HEAVIEST = replace(FULL, activation="gelu", post_activation="silu")
 SAVED = Epi(bias=True, activation="relu6")  # its derivative is read off the saved output

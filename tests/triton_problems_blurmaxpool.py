@@ -9,19 +9,9 @@ from typing import Any
 
 import torch
 from helpers import lay_out
-from triton_rooms import RoomProblem
+from triton_rooms import MIXED_DTYPES_AND_LAYOUTS, RoomProblem
 
 from effops.ops.blurmaxpool.reference import output_size
-
-DTYPES_AND_LAYOUTS = (
-    (torch.float16, "channels_last"),
-    (torch.float16, "contiguous"),
-    (torch.float32, "channels_last"),
-    (torch.float64, "channels_last"),
-    (torch.float32, "contiguous"),
-    (torch.bfloat16, "channels_last"),
-    (torch.float64, "contiguous"),
-)
 
 
 @dataclass(frozen=True)
@@ -61,7 +51,7 @@ def arguments(op: str, case: Case, dtype: torch.dtype, layout: str) -> tuple[Any
 def problems() -> Iterator[RoomProblem]:
     """Both operators on every case."""
     for case in CASES:
-        for dtype, layout in DTYPES_AND_LAYOUTS[:: case.some]:
+        for dtype, layout in MIXED_DTYPES_AND_LAYOUTS[:: case.some]:
             for op in ("blur_max_pool_fwd", "blur_max_pool_bwd"):
                 made = partial(arguments, op, case, dtype, layout)
                 yield RoomProblem(op, "effops.ops.blurmaxpool.triton", case.id, dtype, layout, made)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cases import BsCase, Epi
 from helpers import geometry_of, make_tensors
-from triton_rooms import RoomProblem
+from triton_rooms import DTYPES_AND_LAYOUTS, RoomProblem
 
 from effops.ops import geometry as G
 from effops.ops.epilogue import output_gives_gradient
@@ -45,7 +45,6 @@ CASES = [
 ]
 # The backward is kernels of other rooms, compiled for their own problems too: here those forms that only this room has.
 BACKWARD = [case for case in CASES if case.id.endswith(("56x56-every_part", "one_by_one", "64_bit"))]
-LAYOUTS = ("channels_last", "contiguous")
 
 
 def forward_arguments(case: BsCase, dtype: torch.dtype) -> tuple[Any, ...]:
@@ -70,10 +69,9 @@ def problems() -> Iterator[RoomProblem]:
         operators = [("bsconv_fwd", forward_arguments)]
         if case in BACKWARD:
             operators.append(("bsconv_bwd", backward_arguments))
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            for layout in LAYOUTS[: 1 if dtype == torch.bfloat16 else 2]:  # else as float16 but for two conversions
-                laid_out = replace(case, layout=layout, residual_layout=layout)
-                for op, arguments in operators:
-                    for tf32 in (False, True)[: 2 if dtype == torch.float32 else 1]:
-                        made = partial(arguments, laid_out, dtype)
-                        yield RoomProblem(op, "effops.ops.bsconv.triton", case.id, dtype, layout, made, tf32)
+        for dtype, layout in DTYPES_AND_LAYOUTS:
+            laid_out = replace(case, layout=layout, residual_layout=layout)
+            for op, arguments in operators:
+                for tf32 in (False, True)[: 2 if dtype == torch.float32 else 1]:
+                    made = partial(arguments, laid_out, dtype)
+                    yield RoomProblem(op, "effops.ops.bsconv.triton", case.id, dtype, layout, made, tf32)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from cases import ACTIVATIONS, Epi
 from torch import Tensor
-from triton_rooms import RoomProblem
+from triton_rooms import DTYPES_AND_LAYOUTS, RoomProblem
 
 _ALL = {"bias": True, "scale": True, "shift": True}
 _HEAVIEST = Epi(**_ALL, activation="gelu", post_activation="silu")
@@ -60,7 +60,6 @@ CASES = [
 ]  # fmt: skip
 # The backward is kernels of other rooms, compiled for their own problems too: here those forms that only this room has.
 BACKWARD = [case for case in CASES if case.id.endswith(("-56x56-mobile", "excited", "excited_one_by_one"))]
-LAYOUTS = ("channels_last", "contiguous")
 
 
 def _tensors(case: Case, dtype: torch.dtype) -> list[Tensor | None]:
@@ -111,12 +110,11 @@ def problems() -> Iterator[RoomProblem]:
         operators = [("mbconv_fwd", forward_arguments)]
         if case in BACKWARD:
             operators.append(("mbconv_bwd", backward_arguments))
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-            # bfloat16 is as float16 but for two conversions.
-            one_layout = dtype == torch.bfloat16 or "few_programs" in case.id
-            for layout in LAYOUTS[: 1 if one_layout else 2]:
-                laid_out = replace(case, layout=layout)
-                for op, arguments in operators:
-                    for tf32 in (False, True)[: 2 if dtype == torch.float32 else 1]:
-                        made = partial(arguments, laid_out, dtype)
-                        yield RoomProblem(op, "effops.ops.mbconv.triton", case.id, dtype, layout, made, tf32)
+        for dtype, layout in DTYPES_AND_LAYOUTS:
+            if layout == "contiguous" and "few_programs" in case.id:
+                continue
+            laid_out = replace(case, layout=layout)
+            for op, arguments in operators:
+                for tf32 in (False, True)[: 2 if dtype == torch.float32 else 1]:
+                    made = partial(arguments, laid_out, dtype)
+                    yield RoomProblem(op, "effops.ops.mbconv.triton", case.id, dtype, layout, made, tf32)

@@ -10,17 +10,8 @@ from typing import Any
 import torch
 from cases import ACTIVATIONS
 from torch import Tensor
-from triton_rooms import RoomProblem
+from triton_rooms import DTYPES_AND_LAYOUTS, RoomProblem
 
-DTYPES_AND_LAYOUTS = (
-    (torch.float16, "channels_last"),
-    (torch.float16, "contiguous"),
-    (torch.bfloat16, "channels_last"),
-    (torch.float32, "channels_last"),
-    (torch.float32, "contiguous"),
-    (torch.float64, "channels_last"),
-    (torch.float64, "contiguous"),
-)
 MODULE = "effops.ops.dsconv.triton_parts"
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
 

@@ -9,19 +9,9 @@ from typing import Any
 
 import torch
 from helpers import lay_out
-from triton_rooms import RoomProblem
+from triton_rooms import DTYPES_AND_LAYOUTS, RoomProblem
 
 from effops.ops.epilogue import GELU, HARDSIGMOID, RELU, SIGMOID, SILU
-
-DTYPES_AND_LAYOUTS = (
-    (torch.float16, "channels_last"),
-    (torch.float16, "contiguous"),
-    (torch.bfloat16, "channels_last"),
-    (torch.float32, "channels_last"),
-    (torch.float32, "contiguous"),
-    (torch.float64, "channels_last"),
-    (torch.float64, "contiguous"),
-)
 
 
 @dataclass(frozen=True)

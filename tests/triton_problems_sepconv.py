@@ -9,22 +9,12 @@ from typing import Any
 
 import torch
 from helpers import lay_out
-from triton_rooms import RoomProblem
+from triton_rooms import MIXED_DTYPES_AND_LAYOUTS, RoomProblem
 
 from effops.ops import geometry as G
 from effops.ops.epilogue import GELU, NONE, RELU, SILU
 from effops.ops.sepconv import POOL_COL, POOL_ROW
 from effops.ops.sepconv.reference import col_geometry, row_geometry
-
-DTYPES_AND_LAYOUTS = (
-    (torch.float16, "channels_last"),
-    (torch.float16, "contiguous"),
-    (torch.float32, "channels_last"),
-    (torch.float64, "channels_last"),
-    (torch.float32, "contiguous"),
-    (torch.bfloat16, "channels_last"),
-    (torch.float64, "contiguous"),
-)
 
 
 @dataclass(frozen=True)
@@ -82,6 +72,6 @@ def problems() -> Iterator[RoomProblem]:
     """Both operators on every case."""
     for case in CASES:
         for op, some in (("sepconv_fwd", case.some), ("sepconv_bwd", case.some**2)):
-            for dtype, layout in DTYPES_AND_LAYOUTS[::some]:
+            for dtype, layout in MIXED_DTYPES_AND_LAYOUTS[::some]:
                 made = partial(arguments, op, case, dtype, layout)
                 yield RoomProblem(op, "effops.ops.sepconv.triton", case.id, dtype, layout, made)

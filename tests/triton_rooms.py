@@ -13,6 +13,18 @@ from typing import Any
 
 import torch
 
+DTYPES_AND_LAYOUTS = (
+    (torch.float16, "channels_last"),
+    (torch.float16, "contiguous"),
+    (torch.bfloat16, "channels_last"),  # in NCHW it is float16 but for two conversions
+    (torch.float32, "channels_last"),
+    (torch.float32, "contiguous"),
+    (torch.float64, "channels_last"),
+    (torch.float64, "contiguous"),
+)
+# The same in an order of which every second or third has every dtype or both layouts.
+MIXED_DTYPES_AND_LAYOUTS = tuple(DTYPES_AND_LAYOUTS[place] for place in (0, 1, 3, 5, 4, 2, 6))
+
 
 @dataclass(frozen=True)
 class RoomProblem:

@@ -17,9 +17,8 @@ _HEAD = """\
 Written by `make kernels`, not by hand. Every kernel, with every config its chooser can choose, was compiled ahead of
 time with Triton {triton} for {archs}, on a machine without a GPU: **nothing in this table was run on one**, it
 is what the compiler says. Each line stands for the launches of that kernel, config, dtype and memory format which the
-problems of `tests/triton_problems.py` make, and shows the largest figure among those that were compiled for the page:
-*launches* says how many of how many, on the architecture where they were most. The limits, and what is held against
-them, are in `tests/triton_compile.py`.
+problems of `tests/triton_problems.py` make, and shows the largest figure among them; *launches* is how many there are
+where they are most. The limits, and what is held against them, are in `tests/triton_compile.py`.
 
 * *registers* of a thread (255 at most) / *shared memory* of a program in KiB ({limits});
   *spill* bytes of a thread are shown where there are any.
@@ -42,13 +41,10 @@ def kernels_in_table(markdown: str) -> set[Entry]:
     return {(kernel, config, dtype, layout) for kernel, config, dtype, layout in lines}
 
 
-def _taken(usages: list[dict[str, Any] | None]) -> str:
-    """Registers / shared memory, and spills, of the launches of one line on one architecture; None: not compiled."""
+def _taken(usages: list[dict[str, Any]]) -> str:
+    """Registers / shared memory, and spills, of the launches of one line on one architecture."""
     if not usages:
         return "not launched"
-    usages = [usage for usage in usages if usage]
-    if not usages:
-        return "not compiled"
     registers, shared, stack = (max(usage[name] for usage in usages) for name in ("registers", "shared", "stack"))
     return f"{registers} / {shared / 1024:.0f}" + (f", **spill {stack}**" if stack else "")
 
@@ -59,11 +55,10 @@ def _products(usages: list[dict[str, Any]]) -> str:
     return ", ".join(sorted({kind for usage in usages for kind in usage["matrix"] or ["FMA"]}))
 
 
-def _line(entry: Entry, by_arch: dict[int, list[dict[str, Any] | None]]) -> str:
-    every = [usage for usages in by_arch.values() for usage in usages if usage]
+def _line(entry: Entry, by_arch: dict[int, list[dict[str, Any]]]) -> str:
+    every = [usage for usages in by_arch.values() for usage in usages]
     widest = max((int(size) for usage in every for size in usage["loads"]), default=0)
-    compiled = max(sum(usage is not None for usage in usages) for usages in by_arch.values())
-    launches = f"{compiled} of {max(len(usages) for usages in by_arch.values())}"
+    launches = max(len(usages) for usages in by_arch.values())
     taken = " | ".join(_taken(usages) for usages in by_arch.values())
     kernel, *rest = entry
     return f"| `{kernel}` | {' | '.join(rest)} | {launches} | {taken} | {widest} | {_products(every)} |"
@@ -73,20 +68,19 @@ def table(reports: Iterable[dict[str, Any]]) -> str:
     """The page.
 
     Raises:
-        ValueError: reports of different Tritons, or a line of which nothing was compiled.
+        ValueError: reports of different Tritons, or a launch that was not compiled.
     """
     reports = sorted(reports, key=lambda report: report["arch"])
     versions = {report["triton"] for report in reports}
     if len(versions) != 1:
         raise ValueError(f"the reports must come from one Triton; got {', '.join(sorted(versions))}")
     archs = [report["arch"] for report in reports]
-    lines: dict[Entry, dict[int, list[dict[str, Any] | None]]] = {}
+    lines: dict[Entry, dict[int, list[dict[str, Any]]]] = {}
     for report in reports:
         for row in report["rows"]:
+            if row["usage"] is None:
+                raise ValueError(f"{row['kernel']} [{row['config']}] was not compiled: leave out --at-most")
             lines.setdefault(table_entry(row), {arch: [] for arch in archs})[report["arch"]].append(row["usage"])
-    for entry, by_arch in lines.items():
-        if not any(usage for usages in by_arch.values() for usage in usages):
-            raise ValueError(f"{entry[0]} [{entry[1]}] was not compiled: leave out --at-most")
     names = [f"sm_{arch}" for arch in archs]
     head = _HEAD.format(
         triton=versions.pop(),

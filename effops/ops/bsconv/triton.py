@@ -49,7 +49,8 @@ from effops.ops.bsconv.triton_patch import (
     steps_of,
     tiling_of,
 )
-from effops.ops.dsconv.triton import Matrix, Pointwise, pointwise_backward, pointwise_forward
+from effops.ops.dsconv.triton import Matrix
+from effops.ops.dsconv.triton_pointwise import Pointwise, pointwise_backward, pointwise_forward
 from effops.ops.dwconv.triton import dwconv_bwd
 from effops.ops.epilogue import NONE
 from effops.ops.registration import fake_output

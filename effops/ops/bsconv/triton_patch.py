@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from effops.ops import triton_launch as L
-from effops.ops.dsconv.triton import _matrix_tile
+from effops.ops.dsconv.triton import matrix_tile
 from effops.ops.triton_device import Map, Sizes, Window, accumulator, channels_of, epilogue, load_tile, store_tile
 
 _SCRATCH_BYTES = 2**26
@@ -123,7 +123,7 @@ def pointwise_into(
         for block in range(tl.cdiv(pw.PASSED, BLOCK_C)):
             c, c_live = channels_of(block, pw.PASSED, BLOCK_C, WIDE, VEC)
             value = load_tile(x, region.n, h, w, c, inside[:, None] & c_live[None, :], VEC)
-            weight = tl.trans(_matrix_tile(pw, o, c, 0, pw.PASSED, VEC_MATRIX))
+            weight = tl.trans(matrix_tile(pw, o, c, 0, pw.PASSED, VEC_MATRIX))
             acc = tl.dot(value, weight, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         result = epilogue(acc, affine, None, o, live, CHAIN)
         store_tile(target, 0, h, w, o, result, inside[:, None] & live[None, :], VEC_TARGET)

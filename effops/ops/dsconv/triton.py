@@ -26,8 +26,7 @@ matrix's     BLOCK_K x BLOCK_C sums of du^T z over a range of pixels, z anew; pa
 gradient     are as few as give every processor two programs, 8.7 MB of sums at 128 -> 128 channels.
 input's and  those of room dwconv, on the gradient at the depthwise sums.
 taps'
-pointwise    `pointwise_forward` and `pointwise_backward`: the same kernels where all channels pass, for other rooms.
-             Compiled without a window, they have nothing of the depthwise part in them.
+pointwise    triton_pointwise.py: the same kernels where all channels pass, for other rooms.
 
 Calculated for fp16, channels_last, batch 128, 56 x 56 on an H200 (4.3 TB/s, 790 TFLOP/s):
              128 -> 128 channels    x 103 MB + y 103 MB = 512 bytes a pixel: 48 us; the dot 17 us. The nine loads take
@@ -79,7 +78,7 @@ from effops.ops.triton_device import (
 from effops.ops.triton_sum import partials, sum_partials
 
 # Taps whose loads are in flight together: a row of most windows. The dot's sums leave no registers for nine.
-_TAPS_IN_FLIGHT = tl.constexpr(7)
+TAPS_IN_FLIGHT = tl.constexpr(7)
 
 
 class Matrix(NamedTuple):
@@ -116,7 +115,7 @@ class Vectors(NamedTuple):
 
 
 @triton.jit
-def _own_tile(
+def own_tile(
     COUNT, sizes,
     STRIP: tl.constexpr, WIDE: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +134,7 @@ def _own_tile(
 
 
 @triton.jit
-def _matrix_tile(pw, k, c, FIRST, COUNT, VEC: tl.constexpr):
+def matrix_tile(pw, k, c, FIRST, COUNT, VEC: tl.constexpr):
     """matrix[k, FIRST + c] as [k, c]; 0 where k or c (of COUNT) does not exist."""
     row = tl.multiple_of(k * pw.k, VEC)
     column = (FIRST // VEC * VEC + c) * pw.c
@@ -157,7 +156,7 @@ def _depthwise_result(
     WINDOW: tl.constexpr, CHAIN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
     """The depthwise convolution and its epilogue, [pixels, channels], rounded to the maps' dtype."""
-    u = depthwise_tile(x, bank, n, p, q, inside, o, live, sizes, WINDOW, VEC, _TAPS_IN_FLIGHT)
+    u = depthwise_tile(x, bank, n, p, q, inside, o, live, sizes, WINDOW, VEC, TAPS_IN_FLIGHT)
     added = None
     if residual.data is not None:
         added = load_tile(residual, n, p, q, o, inside[:, None] & live[None, :], VEC)
@@ -194,7 +193,7 @@ def _pointwise_sums(
             if kept is not None:
                 pointers, is_kept = _kept_pointers(kept, n, p, q, c, VEC.KEPT)
                 tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
-            w = tl.trans(_matrix_tile(pw, k, c, 0, pw.PASSED, VEC.MATRIX))
+            w = tl.trans(matrix_tile(pw, k, c, 0, pw.PASSED, VEC.MATRIX))
             acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if WINDOW is not None:
         for block in range(tl.cdiv(sizes.D, BLOCK_C)):
@@ -205,7 +204,7 @@ def _pointwise_sums(
             if kept is not None:
                 pointers, is_kept = _kept_pointers(kept, n, p, q, pw.PASSED + c, VEC.KEPT)
                 tl.store(pointers, z, mask=keeping[:, None] & (live & is_kept)[None, :])
-            w = tl.trans(_matrix_tile(pw, k, c, pw.PASSED, sizes.D, VEC.MATRIX))
+            w = tl.trans(matrix_tile(pw, k, c, pw.PASSED, sizes.D, VEC.MATRIX))
             acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     return acc
 
@@ -219,7 +218,7 @@ def _forward_kernel(
     WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
     STRIP: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, k_block, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
+    _, k_block, n, p, q, inside, k, live = own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     keeping = tl.where(k_block == 0, inside, False)  # `inside & (k_block == 0)` is no mask to 3.9's interpreter
     acc = _pointwise_sums(
         x, bank, dw_affine, dw_residual, passed, gates, pw, kept, keeping, n, p, q, inside, k, sizes,
@@ -244,7 +243,7 @@ def _store_sums(partial, row, COUNT, c, live, du, product, shifted):
 
 
 @triton.jit
-def _end_output_gradient(
+def end_output_gradient(
     u, affine, residual, grad, output, du, residual_grad, partial, row, n, p, q, inside, k, live, COUNT,
     CHAIN: tl.constexpr, VEC: tl.constexpr,
 ):  # fmt: skip
@@ -277,14 +276,14 @@ def _output_gradient_kernel(
     STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row, _, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
+    row, _, n, p, q, inside, k, live = own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     u = None
     if RECOMPUTE:
         u = _pointwise_sums(
             x, bank, dw_affine, dw_residual, passed, None, pw, None, inside, n, p, q, inside, k, sizes,
             WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
         )  # fmt: skip
-    _end_output_gradient(
+    end_output_gradient(
         u, affine, residual, grad, output, du, residual_grad, partial, row, n, p, q, inside, k, live, pw.K, CHAIN, VEC
     )  # fmt: skip
 
@@ -299,7 +298,7 @@ def _z_gradient(
     for block in range(tl.cdiv(pw.K, BLOCK_K)):
         k, live_k = channels_of(block, pw.K, BLOCK_K, WIDE, VEC.K)
         g = load_tile(du, n, p, q, k, inside[:, None] & live_k[None, :], VEC.K)
-        w = _matrix_tile(pw, k, c, first, count, VEC.MATRIX)
+        w = matrix_tile(pw, k, c, first, count, VEC.MATRIX)
         acc = tl.dot(g, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
     if kept is not None:
         pointers, is_kept = _kept_pointers(kept, n, p, q, first + c, VEC.KEPT)
@@ -313,7 +312,7 @@ def _passed_gradient_kernel(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, STRIP: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, _, n, p, q, inside, c, live = _own_tile(pw.PASSED, sizes, STRIP, WIDE, VEC.C, BLOCK_M, BLOCK_C)
+    _, _, n, p, q, inside, c, live = own_tile(pw.PASSED, sizes, STRIP, WIDE, VEC.C, BLOCK_M, BLOCK_C)
     g = _z_gradient(du, pw, kept, n, p, q, inside, c, live, 0, pw.PASSED, PRECISION, WIDE, VEC, BLOCK_K)
     store_tile(passed_grad, n, p, q, c, g, inside[:, None] & live[None, :], VEC.C)
 
@@ -325,12 +324,12 @@ def _depthwise_gradient_kernel(
     STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row, _, n, p, q, inside, o, live = _own_tile(sizes.D, sizes, STRIP, WIDE, VEC.C, BLOCK_M, BLOCK_C)
+    row, _, n, p, q, inside, o, live = own_tile(sizes.D, sizes, STRIP, WIDE, VEC.C, BLOCK_M, BLOCK_C)
     mask = inside[:, None] & live[None, :]
     g = _z_gradient(du, pw, kept, n, p, q, inside, o, live, pw.PASSED, sizes.D, PRECISION, WIDE, VEC, BLOCK_K)
     u = None
     if RECOMPUTE:
-        u = depthwise_tile(x, bank, n, p, q, inside, o, live, sizes, WINDOW, VEC.C, _TAPS_IN_FLIGHT)
+        u = depthwise_tile(x, bank, n, p, q, inside, o, live, sizes, WINDOW, VEC.C, TAPS_IN_FLIGHT)
     added = None
     if dw_residual.data is not None:
         added = load_tile(dw_residual, n, p, q, o, mask, VEC.C)
@@ -381,7 +380,7 @@ def _matrix_gradient_kernel(
 # ---- host -----------------------------------------------------------------------------------------------------------
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """The operator's arguments, and what follows from them.
 
     A pointwise convolution alone is one without a window, whose input all passes through.
@@ -426,32 +425,32 @@ class _Layer(NamedTuple):
         return fake_output(self.input, shape, self.geometry)
 
 
-def _layer(tensors: Sequence[Tensor | None], geometry: list[int], slopes: list[float]) -> _Layer:
+def layer_of(tensors: Sequence[Tensor | None], geometry: list[int], slopes: list[float]) -> Layer:
     """From the operator's 12 tensors."""
     input, passthrough, dw_weight, *dw_vectors, dw_residual, pw_weight, bias, scale, shift, residual = tensors
     sizes = L.sizes_of(input, dw_weight, geometry)
     vec = L.vector_width((input, dw_residual), (input.shape[1], sizes.D))
     dtype = torch.promote_types(input.dtype, torch.float32)  # the accumulators'
     bank, window = L.bank_of(dw_weight, L.window_of(dw_weight, geometry), sizes, vec, dtype)
-    return _Layer(
+    return Layer(
         input, passthrough, bank, L.affine(*dw_vectors), dw_residual, pw_weight, L.affine(bias, scale, shift),
         residual, geometry, slopes, sizes, window,
     )  # fmt: skip
 
 
-def _matrix(layer: _Layer) -> Matrix:
+def matrix_of(layer: Layer) -> Matrix:
     k, c = layer.pw_weight.stride()[:2]
     return Matrix(layer.pw_weight, k, c, layer.K, layer.passed)
 
 
-def _kept(x: Tensor, layer: _Layer) -> Kept | None:
+def _kept(x: Tensor, layer: Layer) -> Kept | None:
     """The channels of `x` (the output or its gradient) that z's last ones are kept in; None where none is."""
     if not layer.keep:
         return None
     return Kept(*L.as_map(x[:, : layer.keep]), layer.passed + layer.sizes.D - layer.keep)
 
 
-def _vectors(layer: _Layer, inner: Sequence[Tensor | None], outer: Sequence[Tensor | None], whole: Tensor) -> Vectors:
+def vectors_of(layer: Layer, inner: Sequence[Tensor | None], outer: Sequence[Tensor | None], whole: Tensor) -> Vectors:
     """Widths of accesses.
 
     Args:
@@ -468,57 +467,57 @@ def _vectors(layer: _Layer, inner: Sequence[Tensor | None], outer: Sequence[Tens
     )
 
 
-def _wide(layer: _Layer, maps: Sequence[Tensor | None]) -> bool:
+def is_wide(layer: Layer, maps: Sequence[Tensor | None]) -> bool:
     """Whether offsets into the layer's tensors and `maps` need 64 bits."""
     maps = (layer.input, layer.passthrough, layer.dw_residual, layer.residual, *maps)
     return L.needs_wide(maps, layer.sizes, layer.window)
 
 
-def _is_plain(layer: _Layer, vec: int, output: Tensor) -> bool:
+def _is_plain(layer: Layer, vec: int, output: Tensor) -> bool:
     """Whether the forward kernel needs few registers.
 
     Of a half type, packed bank, 16-byte accesses, 32-bit offsets, nothing added, scaled, passed or kept.
     """
     extras = (*layer.dw_affine[1:], *layer.affine[1:], layer.dw_residual, layer.residual, layer.passthrough)
     simple = not layer.keep and all(extra is None for extra in extras)
-    return simple and layer.window.B == 0 and vec == 8 and not _wide(layer, (output,))
+    return simple and layer.window.B == 0 and vec == 8 and not is_wide(layer, (output,))
 
 
-def _constants(layer: _Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
+def constants_of(layer: Layer, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
     """What shapes the code of every kernel here."""
     in_strips = layer.window is not None and layer.geometry[G.CHANNELS_LAST]
     return {
         "WINDOW": layer.window,
         "DW_CHAIN": L.depthwise_chain(layer.geometry, layer.slopes[0]),
         "PRECISION": L.dot_precision(layer.input),
-        "WIDE": _wide(layer, maps),
+        "WIDE": is_wide(layer, maps),
         "STRIP": L.strip_width(layer.sizes.Q, block_m) if in_strips else layer.sizes.Q,
     }
 
 
-def _pointwise_chain(layer: _Layer) -> Chain:
+def pointwise_chain(layer: Layer) -> Chain:
     return Chain(layer.geometry[G.PW_ACTIVATION], layer.geometry[G.PW_POST_ACTIVATION], layer.slopes[1])
 
 
-def _depthwise_operands(layer: _Layer) -> tuple:
+def _depthwise_operands(layer: Layer) -> tuple:
     return (
         L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(layer.dw_residual), L.as_map(layer.passthrough),
-        _matrix(layer),
+        matrix_of(layer),
     )  # fmt: skip
 
 
-def _forward(layer: _Layer, gates: Tensor | None) -> Tensor:
+def forward_of(layer: Layer, gates: Tensor | None) -> Tensor:
     """The output; passed channels are multiplied by `gates` [N, channels] where there are some."""
     output = layer.map_of(layer.keep + layer.K)
     y = output[:, layer.keep :]
-    vectors = _vectors(layer, (), (layer.residual, y), output)
+    vectors = vectors_of(layer, (), (layer.residual, y), output)
     plain = _is_plain(layer, vectors.C, output)
     config = pointwise_config("forward", layer.input, layer.sizes.M, layer.deepest, layer.K, vectors.C, plain)
     L.launch(
         _forward_kernel, triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.K, config.BLOCK_K), layer.input,
         *_depthwise_operands(layer), layer.affine, L.as_map(layer.residual), L.as_map(y), _kept(output, layer), gates,
-        layer.sizes, CHAIN=_pointwise_chain(layer), VEC=vectors,
-        **_constants(layer, (output,), config.BLOCK_M), **config._asdict(),
+        layer.sizes, CHAIN=pointwise_chain(layer), VEC=vectors,
+        **constants_of(layer, (output,), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
     return output
 
@@ -533,15 +532,15 @@ def dsconv_fwd(
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, bias, scale, shift, residual,
     )  # fmt: skip
-    return _forward(_layer(tensors, geometry, slopes), None)
+    return forward_of(layer_of(tensors, geometry, slopes), None)
 
 
 # Places of the operator's tensors, and so bits of the gradient mask.
-_INPUT, _PASSTHROUGH, _DW_WEIGHT, _DW_BIAS, _DW_SCALE, _DW_SHIFT, _DW_RESIDUAL = range(7)
-_PW_WEIGHT, _BIAS, _SCALE, _SHIFT, _RESIDUAL = range(7, 12)
+INPUT, PASSTHROUGH, DW_WEIGHT, DW_BIAS, DW_SCALE, DW_SHIFT, DW_RESIDUAL = range(7)
+PW_WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL = range(7, 12)
 
 
-class _Gradients:
+class Gradients:
     """The gradients asked for, and how they come about.
 
     Attributes:
@@ -559,7 +558,7 @@ class _Gradients:
         """Whether any of these is asked for."""
         return any(self.mask >> place & 1 for place in places)
 
-    def map_of(self, place: int, layer: _Layer) -> Tensor | None:
+    def map_of(self, place: int, layer: Layer) -> Tensor | None:
         """An empty gradient of the map there, or None where it is not asked for."""
         if self.wants(place):
             self.found[place] = fake_output(self.tensors[place], self.tensors[place].shape, layer.geometry)
@@ -567,7 +566,7 @@ class _Gradients:
 
     def partial_sums(self, first: int, blocks: int) -> Affine:
         """Scratch for the sums over pixels of the three per-channel vectors from place `first` on."""
-        x = self.tensors[_INPUT]
+        x = self.tensors[INPUT]
         places = range(first, first + 3)
         return Affine(
             *(partials(x, blocks, 1, self.tensors[at].numel()) if self.wants(at) else None for at in places)
@@ -586,81 +585,81 @@ class _Gradients:
         return [self.found[place] for place in range(len(self.tensors)) if self.wants(place)]
 
 
-def _output_gradient(layer: _Layer, grad_output: Tensor, output: Tensor | None, gradients: _Gradients) -> Tensor:
+def output_gradient(layer: Layer, grad_output: Tensor, output: Tensor | None, gradients: Gradients) -> Tensor:
     """The gradient at the pointwise convolution's sums; that of its epilogue's tensors into `gradients`."""
     grad = grad_output[:, layer.keep :]
-    chain = _pointwise_chain(layer)
+    chain = pointwise_chain(layer)
     linear = chain.ACT == chain.POST == NONE
-    inner = gradients.wants(*range(_BIAS)) or gradients.wants(_BIAS)
+    inner = gradients.wants(*range(BIAS)) or gradients.wants(BIAS)
     scaled = not linear or layer.affine.scale is not None
-    if not gradients.wants(_BIAS, _SCALE, _SHIFT, _RESIDUAL) and not (inner and scaled):
+    if not gradients.wants(BIAS, SCALE, SHIFT, RESIDUAL) and not (inner and scaled):
         return grad
-    du = layer.map_of(layer.K) if scaled and gradients.wants(*range(_BIAS)) else None
-    residual_grad = gradients.map_of(_RESIDUAL, layer)
+    du = layer.map_of(layer.K) if scaled and gradients.wants(*range(BIAS)) else None
+    residual_grad = gradients.map_of(RESIDUAL, layer)
     saved = None if output is None else output[:, layer.keep :]
     residual = layer.residual if chain.POST != NONE else None
-    recompute = gradients.wants(_SCALE) or not (linear or saved is not None)
-    vectors = _vectors(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
+    recompute = gradients.wants(SCALE) or not (linear or saved is not None)
+    vectors = vectors_of(layer, (), (residual, grad, saved, du, residual_grad), grad_output)
     config = pointwise_config(
         "output_gradient", layer.input, layer.sizes.M, layer.deepest, layer.K, vectors.C, plain=False
     )  # fmt: skip
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
-    partial = gradients.partial_sums(_BIAS, rows)
+    partial = gradients.partial_sums(BIAS, rows)
     L.launch(
         _output_gradient_kernel, rows * triton.cdiv(layer.K, config.BLOCK_K), layer.input,
         *_depthwise_operands(layer), layer.affine, L.as_map(residual), L.as_map(grad), L.as_map(saved),
         L.as_map(du), L.as_map(residual_grad), partial, layer.sizes,
         CHAIN=chain, VEC=vectors, RECOMPUTE=recompute,
-        **_constants(layer, (grad_output, du, residual_grad), config.BLOCK_M), **config._asdict(),
+        **constants_of(layer, (grad_output, du, residual_grad), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
-    gradients.sum_up(_BIAS, partial)
+    gradients.sum_up(BIAS, partial)
     return grad if du is None else du
 
 
-def _passed_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: _Gradients) -> None:
+def passed_gradient(layer: Layer, du: Tensor, grad_output: Tensor, gradients: Gradients) -> None:
     """The gradient of the passthrough."""
-    grad = gradients.map_of(_PASSTHROUGH, layer)
+    grad = gradients.map_of(PASSTHROUGH, layer)
     if grad is None:
         return
-    vectors = _vectors(layer, (grad,), (du,), grad_output)
+    vectors = vectors_of(layer, (grad,), (du,), grad_output)
     config = backward_config(layer.input, layer.sizes.M, layer.passed, vectors.C)
-    constants = _constants(layer, (grad_output, du), config.BLOCK_M)
+    constants = constants_of(layer, (grad_output, du), config.BLOCK_M)
     del constants["WINDOW"], constants["DW_CHAIN"]
     L.launch(
         _passed_gradient_kernel,
         triton.cdiv(layer.sizes.M, config.BLOCK_M) * triton.cdiv(layer.passed, config.BLOCK_C), layer.input,
-        L.as_map(du), _matrix(layer), _kept(grad_output, layer), L.as_map(grad), layer.sizes,
+        L.as_map(du), matrix_of(layer), _kept(grad_output, layer), L.as_map(grad), layer.sizes,
         VEC=vectors, **constants, **config._asdict(),
     )  # fmt: skip
 
 
-def _depthwise_gradient(layer: _Layer, du: Tensor, grad_output: Tensor, gradients: _Gradients) -> Tensor | None:
+def depthwise_gradient(layer: Layer, du: Tensor, grad_output: Tensor, gradients: Gradients) -> Tensor | None:
     """The gradient at the depthwise convolution's sums; that of its epilogue's tensors into `gradients`."""
-    if not gradients.wants(_INPUT, *range(_DW_WEIGHT, _PW_WEIGHT)):
+    if not gradients.wants(INPUT, *range(DW_WEIGHT, PW_WEIGHT)):
         return None
     chain = L.depthwise_chain(layer.geometry, layer.slopes[0])
-    sums_grad = layer.map_of(layer.sizes.D) if gradients.wants(_INPUT, _DW_WEIGHT) else None
-    residual_grad = gradients.map_of(_DW_RESIDUAL, layer)
+    sums_grad = layer.map_of(layer.sizes.D) if gradients.wants(INPUT, DW_WEIGHT) else None
+    residual_grad = gradients.map_of(DW_RESIDUAL, layer)
     residual = layer.dw_residual if chain.POST != NONE else None
-    recompute = gradients.wants(_DW_SCALE) or not chain.ACT == chain.POST == NONE
-    vectors = _vectors(layer, (sums_grad, residual_grad), (du,), grad_output)
+    recompute = gradients.wants(DW_SCALE) or not chain.ACT == chain.POST == NONE
+    vectors = vectors_of(layer, (sums_grad, residual_grad), (du,), grad_output)
     config = backward_config(layer.input, layer.sizes.M, layer.sizes.D, vectors.C)
     rows = triton.cdiv(layer.sizes.M, config.BLOCK_M)
-    partial = gradients.partial_sums(_DW_BIAS, rows)
+    partial = gradients.partial_sums(DW_BIAS, rows)
     L.launch(
         _depthwise_gradient_kernel, rows * triton.cdiv(layer.sizes.D, config.BLOCK_C), layer.input,
-        L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(residual), L.as_map(du), _matrix(layer),
+        L.as_map(layer.input), layer.bank, layer.dw_affine, L.as_map(residual), L.as_map(du), matrix_of(layer),
         _kept(grad_output, layer), L.as_map(sums_grad), L.as_map(residual_grad), partial, layer.sizes,
         VEC=vectors, RECOMPUTE=recompute,
-        **_constants(layer, (grad_output, du), config.BLOCK_M), **config._asdict(),
+        **constants_of(layer, (grad_output, du), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
-    gradients.sum_up(_DW_BIAS, partial)
+    gradients.sum_up(DW_BIAS, partial)
     return sums_grad
 
 
-def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
+def matrix_gradient(layer: Layer, du: Tensor) -> Tensor:
     """The gradient of the pointwise weight: sum over pixels of du[pixel, k] * z[pixel, c], z recomputed."""
-    vectors = _vectors(layer, (), (du,), du)
+    vectors = vectors_of(layer, (), (du,), du)
     config = matrix_config(layer.input, layer.deepest, layer.K, vectors.C)
     tiles = triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(layer.deepest, config.BLOCK_C)
     blocks = triton.cdiv(layer.sizes.M, config.BLOCK_M)
@@ -673,7 +672,7 @@ def _matrix_gradient(layer: _Layer, du: Tensor) -> Tensor:
             _matrix_gradient_kernel,
             parts * triton.cdiv(layer.K, config.BLOCK_K) * triton.cdiv(channels, config.BLOCK_C), layer.input,
             *_depthwise_operands(layer), L.as_map(du), partial, layer.sizes, steps,
-            VEC=vectors, OF_PASSED=of_passed, **_constants(layer, (du,), config.BLOCK_M), **config._asdict(),
+            VEC=vectors, OF_PASSED=of_passed, **constants_of(layer, (du,), config.BLOCK_M), **config._asdict(),
         )  # fmt: skip
     weight = layer.pw_weight
     return sum_partials(partial, torch.empty(weight.shape, dtype=weight.dtype, device=weight.device))
@@ -690,81 +689,15 @@ def dsconv_bwd(
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, bias, scale, shift, residual,
     )  # fmt: skip
-    layer = _layer(tensors, geometry, slopes)
-    gradients = _Gradients(tensors, mask)
-    du = _output_gradient(layer, grad_output, output, gradients)
-    _passed_gradient(layer, du, grad_output, gradients)
-    sums_grad = _depthwise_gradient(layer, du, grad_output, gradients)
-    if gradients.wants(_PW_WEIGHT):
-        gradients.found[_PW_WEIGHT] = _matrix_gradient(layer, du)
-    if gradients.wants(_INPUT):
-        gradients.found[_INPUT] = input_gradient(sums_grad, dw_weight, input, geometry)
-    if gradients.wants(_DW_WEIGHT):
-        gradients.found[_DW_WEIGHT] = weight_gradient(sums_grad, input, dw_weight, geometry)
+    layer = layer_of(tensors, geometry, slopes)
+    gradients = Gradients(tensors, mask)
+    du = output_gradient(layer, grad_output, output, gradients)
+    passed_gradient(layer, du, grad_output, gradients)
+    sums_grad = depthwise_gradient(layer, du, grad_output, gradients)
+    if gradients.wants(PW_WEIGHT):
+        gradients.found[PW_WEIGHT] = matrix_gradient(layer, du)
+    if gradients.wants(INPUT):
+        gradients.found[INPUT] = input_gradient(sums_grad, dw_weight, input, geometry)
+    if gradients.wants(DW_WEIGHT):
+        gradients.found[DW_WEIGHT] = weight_gradient(sums_grad, input, dw_weight, geometry)
     return gradients.in_order()
-
-
-# ---- pointwise convolutions of other rooms --------------------------------------------------------------------------
-
-
-class Pointwise(NamedTuple):
-    """A 1x1 convolution and the epilogue behind it, but for a residual.
-
-    Attributes:
-        weight: [K,C,1,1], any strides.
-        bias, scale, shift: [K] or None.
-        chain: its activations.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    scale: Tensor | None
-    shift: Tensor | None
-    chain: Chain
-
-
-def _pointwise_layer(x: Tensor, conv: Pointwise, residual: Tensor | None, channels_last: int) -> _Layer:
-    n, _, h, w = x.shape
-    activations = (NONE, NONE, conv.chain.ACT, conv.chain.POST)
-    geometry = [1, 1, 0, 0, 0, 0, 1, 1, 1, channels_last, *activations, 0, 0, 0]
-    return _Layer(
-        x, x, None, Affine(None, None, None), None, conv.weight, L.affine(conv.bias, conv.scale, conv.shift),
-        residual, geometry, [0.0, conv.chain.SLOPE], Sizes(h, w, h, w, n * h * w, 0), None,
-    )  # fmt: skip
-
-
-def pointwise_forward(
-    x: Tensor, conv: Pointwise, channels_last: int, residual: Tensor | None = None, gates: Tensor | None = None
-) -> Tensor:
-    """The convolution of `x` with its epilogue, [N,K,H,W] in the given memory format.
-
-    Args:
-        x: [N,C,H,W], any strides.
-        residual: [N,K,H,W], any strides, or None.
-        gates: [N,C], contiguous, in the accumulators' dtype, by which its channels are multiplied first, or None.
-    """
-    return _forward(_pointwise_layer(x, conv, residual, channels_last), gates)
-
-
-_OF_POINTWISE = (_PASSTHROUGH, _PW_WEIGHT, _BIAS, _SCALE, _SHIFT, _RESIDUAL)
-
-
-def pointwise_backward(
-    grad: Tensor, x: Tensor, conv: Pointwise, channels_last: int, wanted: Sequence[bool], residual: Tensor | None = None
-) -> list[Tensor | None]:
-    """Gradients of x, weight, bias, scale, shift and residual, each None unless wanted; no gates.
-
-    Args:
-        grad: [N,K,H,W], of the result, any strides.
-        x, conv, channels_last, residual: as for `pointwise_forward`.
-        wanted: whether each of the six is.
-    """
-    layer = _pointwise_layer(x, conv, residual, channels_last)
-    mask = sum(1 << place for place, want in zip(_OF_POINTWISE, wanted, strict=True) if want)
-    tensors = (x, x, None, None, None, None, None, conv.weight, conv.bias, conv.scale, conv.shift, residual)
-    gradients = _Gradients(tensors, mask)
-    du = _output_gradient(layer, grad, None, gradients)
-    _passed_gradient(layer, du, grad, gradients)
-    if gradients.wants(_PW_WEIGHT):
-        gradients.found[_PW_WEIGHT] = _matrix_gradient(layer, du)
-    return [gradients.found.get(place) for place in _OF_POINTWISE]

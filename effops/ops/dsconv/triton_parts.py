@@ -50,34 +50,34 @@ from torch import Tensor
 from effops.ops import geometry as G
 from effops.ops import triton_launch as L
 from effops.ops.dsconv.triton import (
-    _BIAS,
-    _DW_BIAS,
-    _DW_SCALE,
-    _DW_SHIFT,
-    _DW_WEIGHT,
-    _INPUT,
-    _PW_WEIGHT,
-    _RESIDUAL,
-    _SCALE,
-    _SHIFT,
-    _TAPS_IN_FLIGHT,
+    BIAS,
+    DW_BIAS,
+    DW_SCALE,
+    DW_SHIFT,
+    DW_WEIGHT,
+    INPUT,
+    PW_WEIGHT,
+    RESIDUAL,
+    SCALE,
+    SHIFT,
+    TAPS_IN_FLIGHT,
+    Gradients,
+    Layer,
     Vectors,
-    _constants,
-    _depthwise_gradient,
-    _end_output_gradient,
-    _Gradients,
-    _Layer,
-    _layer,
-    _matrix,
-    _matrix_gradient,
-    _matrix_tile,
-    _own_tile,
-    _pointwise_chain,
-    _vectors,
-    _wide,
+    constants_of,
+    depthwise_gradient,
+    end_output_gradient,
+    is_wide,
+    layer_of,
+    matrix_gradient,
+    matrix_of,
+    matrix_tile,
+    own_tile,
+    pointwise_chain,
+    vectors_of,
 )
 from effops.ops.dsconv.triton_configs import pointwise_config, pointwise_configs
-from effops.ops.dwconv.triton import _gather_taps, input_gradient, weight_gradient
+from effops.ops.dwconv.triton import gather_taps, input_gradient, weight_gradient
 from effops.ops.epilogue import NONE
 from effops.ops.registration import fake_output
 from effops.ops.triton_device import (
@@ -156,9 +156,9 @@ def _add_part(
     c, live = channels_of(block, part.D, BLOCK_C, WIDE, VEC.C)
     own = Sizes(sizes.H, sizes.W, sizes.P, sizes.Q, sizes.M, part.D)
     source = _from_channel(x, part.CHANNEL, WIDE, VEC.C)
-    u = depthwise_tile(source, part.bank, n, p, q, inside, c, live, own, WINDOW, VEC.C, _TAPS_IN_FLIGHT)
+    u = depthwise_tile(source, part.bank, n, p, q, inside, c, live, own, WINDOW, VEC.C, TAPS_IN_FLIGHT)
     z = epilogue(u, part.affine, None, c, live, CHAIN).to(x.data.dtype.element_ty)
-    w = tl.trans(_matrix_tile(pw, k, c, part.COLUMN, part.D, VEC.MATRIX))
+    w = tl.trans(matrix_tile(pw, k, c, part.COLUMN, part.D, VEC.MATRIX))
     return tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
 
 
@@ -196,7 +196,7 @@ def _forward_kernel(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, STRIP: tl.constexpr, VEC: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    _, _, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
+    _, _, n, p, q, inside, k, live = own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     acc = _parts_sums(
         x, parts, pw, n, p, q, inside, k, sizes, WINDOWS, SHARED, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C
     )  # fmt: skip
@@ -217,13 +217,13 @@ def _output_gradient_kernel(
     PRECISION: tl.constexpr, WIDE: tl.constexpr, STRIP: tl.constexpr, VEC: tl.constexpr, RECOMPUTE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    row, _, n, p, q, inside, k, live = _own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
+    row, _, n, p, q, inside, k, live = own_tile(pw.K, sizes, STRIP, WIDE, VEC.K, BLOCK_M, BLOCK_K)
     u = None
     if RECOMPUTE:
         u = _parts_sums(
             x, parts, pw, n, p, q, inside, k, sizes, WINDOWS, SHARED, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C
         )  # fmt: skip
-    _end_output_gradient(
+    end_output_gradient(
         u, affine, residual, grad, output, du, residual_grad, partial, row, n, p, q, inside, k, live, pw.K, CHAIN, VEC
     )  # fmt: skip
 
@@ -237,7 +237,7 @@ def _input_gradient_kernel(
     n, h, w, inside, c, live = own_cells(sizes, cells, 1, 1, WIDE, VEC, BLOCK_M, BLOCK_C)
     u = tl.zeros((BLOCK_M, BLOCK_C), accumulator(dx.data.dtype.element_ty))
     for i in tl.static_range(_count(WINDOWS)):
-        u = _gather_taps(u, grads[i], banks[i], n, h, w, inside, c, live, sizes, _window(WINDOWS, i), VEC)
+        u = gather_taps(u, grads[i], banks[i], n, h, w, inside, c, live, sizes, _window(WINDOWS, i), VEC)
     store_tile(dx, n, h, w, c, u, inside[:, None] & live[None, :], VEC)
 
 
@@ -255,8 +255,8 @@ class _Parts(NamedTuple):
         split: each part reads channels of its own.
     """
 
-    whole: _Layer
-    layers: list[_Layer]
+    whole: Layer
+    layers: list[Layer]
     tensors: list[tuple[Tensor | None, ...]]
     split: bool
 
@@ -277,18 +277,18 @@ class _Parts(NamedTuple):
             Part(layer.bank, layer.dw_affine, layer.sizes.D, place.start if self.split else 0, place.start)
             for layer, place in zip(self.layers, places, strict=True)
         )
-        return L.as_map(self.whole.input), parts, _matrix(self.whole)
+        return L.as_map(self.whole.input), parts, matrix_of(self.whole)
 
     def vectors(self, outer: Sequence[Tensor | None]) -> Vectors:
         """Widths of accesses that suit every part; outer: maps with the pointwise result's channels."""
-        every = [_vectors(layer, (), outer, layer.input) for layer in (self.whole, *self.layers)]
+        every = [vectors_of(layer, (), outer, layer.input) for layer in (self.whole, *self.layers)]
         return Vectors(*(math.gcd(*widths) for widths in zip(*every, strict=True)))
 
     def constants(self, maps: Sequence[Tensor | None], block_m: int) -> dict[str, Any]:
         """What shapes the code of the kernels of the pointwise sums."""
-        constants = _constants(self.whole, maps, block_m)
+        constants = constants_of(self.whole, maps, block_m)
         del constants["WINDOW"]
-        wide = any(_wide(layer, (*maps, self.whole.input)) for layer in self.layers)
+        wide = any(is_wide(layer, (*maps, self.whole.input)) for layer in self.layers)
         return {**constants, "WIDE": wide, "WINDOWS": self.windows, "SHARED": not self.split}
 
 
@@ -317,7 +317,7 @@ def _parts(
         vectors = [None if vector is None else vector[place] for vector in dw_vectors]
         own = (x, None, dw_weights[i], *vectors, None, pw_weight[:, place], *others)
         tensors.append(own)
-        layers.append(_layer(own, _layer_geometry(geometry, i), slopes))
+        layers.append(layer_of(own, _layer_geometry(geometry, i), slopes))
     sizes = layers[0].sizes._replace(D=pw_weight.shape[1])
     return _Parts(layers[0]._replace(input=input, pw_weight=pw_weight, sizes=sizes), layers, tensors, split)
 
@@ -337,50 +337,50 @@ def dsconv_parts_fwd(
     L.launch(
         _forward_kernel, triton.cdiv(whole.sizes.M, config.BLOCK_M) * triton.cdiv(whole.K, config.BLOCK_K), input,
         *parts.operands(), whole.affine, L.as_map(residual), L.as_map(output), whole.sizes,
-        CHAIN=_pointwise_chain(whole), VEC=vectors, **parts.constants((output,), config.BLOCK_M), **config._asdict(),
+        CHAIN=pointwise_chain(whole), VEC=vectors, **parts.constants((output,), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
     return output
 
 
-def _output_gradient(parts: _Parts, grad: Tensor, output: Tensor | None, gradients: _Gradients) -> Tensor:
+def _output_gradient(parts: _Parts, grad: Tensor, output: Tensor | None, gradients: Gradients) -> Tensor:
     """As dsconv's: the gradient at the pointwise convolution's sums, and of its epilogue's tensors."""
-    whole, chain = parts.whole, _pointwise_chain(parts.whole)
+    whole, chain = parts.whole, pointwise_chain(parts.whole)
     linear = chain.ACT == chain.POST == NONE
     scaled = not linear or whole.affine.scale is not None
-    inner = gradients.wants(*range(_BIAS))
-    if not gradients.wants(_BIAS, _SCALE, _SHIFT, _RESIDUAL) and not (inner and scaled):
+    inner = gradients.wants(*range(BIAS))
+    if not gradients.wants(BIAS, SCALE, SHIFT, RESIDUAL) and not (inner and scaled):
         return grad
     du = whole.map_of(whole.K) if scaled and inner else None
-    residual_grad = gradients.map_of(_RESIDUAL, whole)
+    residual_grad = gradients.map_of(RESIDUAL, whole)
     residual = whole.residual if chain.POST != NONE else None
     vectors = parts.vectors((residual, grad, output, du, residual_grad))
     config = pointwise_config(
         "output_gradient", whole.input, parts.widest.M, parts.widest.D, whole.K, vectors.C, plain=False
     )
     rows = triton.cdiv(whole.sizes.M, config.BLOCK_M)
-    partial = gradients.partial_sums(_BIAS, rows)
+    partial = gradients.partial_sums(BIAS, rows)
     L.launch(
         _output_gradient_kernel, rows * triton.cdiv(whole.K, config.BLOCK_K), whole.input,
         *parts.operands(), whole.affine, L.as_map(residual), L.as_map(grad), L.as_map(output), L.as_map(du),
         L.as_map(residual_grad), partial, whole.sizes,
-        CHAIN=chain, VEC=vectors, RECOMPUTE=gradients.wants(_SCALE) or not (linear or output is not None),
+        CHAIN=chain, VEC=vectors, RECOMPUTE=gradients.wants(SCALE) or not (linear or output is not None),
         **parts.constants((grad, output, du, residual_grad), config.BLOCK_M), **config._asdict(),
     )  # fmt: skip
-    gradients.sum_up(_BIAS, partial)
+    gradients.sum_up(BIAS, partial)
     return grad if du is None else du
 
 
 def _part_gradients(
-    layer: _Layer, tensors: tuple[Tensor | None, ...], du: Tensor, mask: int
-) -> tuple[_Gradients, Tensor | None]:
+    layer: Layer, tensors: tuple[Tensor | None, ...], du: Tensor, mask: int
+) -> tuple[Gradients, Tensor | None]:
     """One part's gradients but the input's, and that at its depthwise sums, from the one at the pointwise sums."""
-    gradients = _Gradients(tensors, mask)
-    sums_grad = _depthwise_gradient(layer, du, du, gradients)
-    if gradients.wants(_PW_WEIGHT):
-        gradients.found[_PW_WEIGHT] = _matrix_gradient(layer, du)
-    if gradients.wants(_DW_WEIGHT):
-        weight = tensors[_DW_WEIGHT]
-        gradients.found[_DW_WEIGHT] = weight_gradient(sums_grad, layer.input, weight, layer.geometry)
+    gradients = Gradients(tensors, mask)
+    sums_grad = depthwise_gradient(layer, du, du, gradients)
+    if gradients.wants(PW_WEIGHT):
+        gradients.found[PW_WEIGHT] = matrix_gradient(layer, du)
+    if gradients.wants(DW_WEIGHT):
+        weight = tensors[DW_WEIGHT]
+        gradients.found[DW_WEIGHT] = weight_gradient(sums_grad, layer.input, weight, layer.geometry)
     return gradients, sums_grad
 
 
@@ -391,7 +391,7 @@ def _split_input_gradient(parts: _Parts, sums_grads: Sequence[Tensor]) -> Tensor
     for layer, tensors, grad, place in zip(
         parts.layers, parts.tensors, sums_grads, _places([layer.sizes.D for layer in parts.layers]), strict=True
     ):
-        input_gradient(grad, tensors[_DW_WEIGHT], layer.input, layer.geometry, dx[:, place])
+        input_gradient(grad, tensors[DW_WEIGHT], layer.input, layer.geometry, dx[:, place])
     return dx
 
 
@@ -400,7 +400,7 @@ def _shared_input_gradient(parts: _Parts, sums_grads: Sequence[Tensor]) -> Tenso
     x = parts.whole.input
     n, c, h, w = x.shape
     dx = fake_output(x, x.shape, parts.whole.geometry)
-    weights = [tensors[_DW_WEIGHT].contiguous() for tensors in parts.tensors]
+    weights = [tensors[DW_WEIGHT].contiguous() for tensors in parts.tensors]
     windows = tuple(
         L.window_of(weight, layer.geometry) for weight, layer in zip(weights, parts.layers, strict=True)
     )  # as the weights are: not those of packed banks
@@ -426,14 +426,14 @@ def _gathering_tile(x: Tensor, geometry: list[int]) -> tuple[int, int]:
 
 
 # dsconv's bits of the gradients that the whole has, in the order of dsconv_parts_*'s tensors and so of its mask.
-_PLACES = (_INPUT, _DW_WEIGHT, _DW_BIAS, _DW_SCALE, _DW_SHIFT, _PW_WEIGHT, _BIAS, _SCALE, _SHIFT, _RESIDUAL)
-_INNER = sum(1 << place for place in _PLACES if place < _BIAS)  # they come through the pointwise convolution
+_PLACES = (INPUT, DW_WEIGHT, DW_BIAS, DW_SCALE, DW_SHIFT, PW_WEIGHT, BIAS, SCALE, SHIFT, RESIDUAL)
+_INNER = sum(1 << place for place in _PLACES if place < BIAS)  # they come through the pointwise convolution
 
 
-def _joined(place: int, found: Sequence[_Gradients], like: Tensor) -> Tensor:
+def _joined(place: int, found: Sequence[Gradients], like: Tensor) -> Tensor:
     """The parts' gradients of a per-channel vector or of the matrix, side by side."""
     pieces = [gradients.found[place] for gradients in found]
-    if place == _PW_WEIGHT:
+    if place == PW_WEIGHT:
         return torch.cat([piece.flatten(1) for piece in pieces], 1).view(like.shape)
     return torch.cat(pieces)
 
@@ -447,21 +447,21 @@ def dsconv_parts_bwd(
     dw_vectors, others = (dw_bias, dw_scale, dw_shift), (bias, scale, shift, residual)
     parts = _parts(input, dw_weights, dw_vectors, pw_weight, others, geometry, slopes)
     wanted = sum(1 << place for bit, place in enumerate(_PLACES) if mask >> bit & 1)
-    gradients = _Gradients((input, None, None, *dw_vectors, None, pw_weight, *others), wanted)
+    gradients = Gradients((input, None, None, *dw_vectors, None, pw_weight, *others), wanted)
     du = _output_gradient(parts, grad_output, output, gradients)
     of_parts = [
         _part_gradients(layer, tensors, du, wanted & _INNER)
         for layer, tensors in zip(parts.layers, parts.tensors, strict=True)
     ]
     found = [own for own, _ in of_parts]
-    if gradients.wants(_INPUT):
+    if gradients.wants(INPUT):
         input_gradient_of = _split_input_gradient if parts.split else _shared_input_gradient
-        gradients.found[_INPUT] = input_gradient_of(parts, [sums_grad for _, sums_grad in of_parts])
-    for place in (_DW_BIAS, _DW_SCALE, _DW_SHIFT, _PW_WEIGHT):
+        gradients.found[INPUT] = input_gradient_of(parts, [sums_grad for _, sums_grad in of_parts])
+    for place in (DW_BIAS, DW_SCALE, DW_SHIFT, PW_WEIGHT):
         if gradients.wants(place):
             gradients.found[place] = _joined(place, found, gradients.tensors[place])
     in_order = []
     for place in _PLACES:
         if gradients.wants(place):
-            in_order += [own.found[place] for own in found] if place == _DW_WEIGHT else [gradients.found[place]]
+            in_order += [own.found[place] for own in found] if place == DW_WEIGHT else [gradients.found[place]]
     return in_order

@@ -110,7 +110,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _gather_taps(
+def gather_taps(
     u, grad, weight, n, h, w, inside, c, live, sizes, WINDOW: tl.constexpr, VEC: tl.constexpr
 ):  # fmt: skip
     """The input gradient of one pixel (h, w) a lane, in a loop over the taps: for windows too large to unroll."""
@@ -150,7 +150,7 @@ def _input_gradient_kernel(
                 WINDOW, ROWS, COLS, True, VEC,
             )  # fmt: skip
     else:
-        u = (_gather_taps(u[0], grad, weight, n, h, w, inside, c, live, sizes, WINDOW, VEC),)
+        u = (gather_taps(u[0], grad, weight, n, h, w, inside, c, live, sizes, WINDOW, VEC),)
     for i in tl.static_range(ROWS):
         for j in tl.static_range(COLS):
             mask = (inside & (h + i < sizes.P) & (w + j < sizes.Q))[:, None] & live[None, :]

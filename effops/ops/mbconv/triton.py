@@ -49,14 +49,8 @@ from effops.ops.bsconv.triton_patch import (
     scratch_of,
     tiling_of,
 )
-from effops.ops.dsconv.triton import (
-    Pointwise,
-    _matrix_tile,
-    dsconv_bwd,
-    dsconv_fwd,
-    pointwise_backward,
-    pointwise_forward,
-)
+from effops.ops.dsconv.triton import dsconv_bwd, dsconv_fwd, matrix_tile
+from effops.ops.dsconv.triton_pointwise import Pointwise, pointwise_backward, pointwise_forward
 from effops.ops.dwconv.triton import dwconv_fwd
 from effops.ops.mbconv import EXPAND_ACTIVATION, EXPAND_POST_ACTIVATION, SE_ACTIVATION, SE_GATE, TENSORS
 from effops.ops.mbconv.triton_configs import configs as configs  # the ahead-of-time check looks for it here
@@ -118,7 +112,7 @@ def _forward_kernel(
             tl.debug_barrier()
             u = depthwise_tile(e, bank, n, p, q, inside, o, live, sizes, WINDOW, VEC.E, _TAPS_IN_FLIGHT)
             z = epilogue(u, dw_affine, None, o, live, DW_CHAIN).to(x.data.dtype.element_ty)
-            w = tl.trans(_matrix_tile(project, k, o, 0, sizes.D, VEC.PROJECT))
+            w = tl.trans(matrix_tile(project, k, o, 0, sizes.D, VEC.PROJECT))
             acc = tl.dot(z, w, acc, input_precision=PRECISION, out_dtype=acc.dtype)
         mask = inside[:, None] & k_live[None, :]
         added = None

@@ -141,14 +141,16 @@ def _product(
     x, n, pixels, weight, r, images, rows, columns, row_stride, column_stride,
     ACT: tl.constexpr, SLOPE: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """[images n, rows r] of act(x / pixels) @ weight^T, weight [rows, columns] with the strides given."""
+    """[images n, rows r] of act(x) @ weight^T / pixels (None: 1), weight [rows, columns] with the strides given."""
     total = tl.zeros((n.shape[0], r.shape[0]), x.dtype.element_ty)
     for first in range(0, columns, BLOCK_K):
         k = first + tl.arange(0, BLOCK_K)
         at = (r.to(tl.int64) * row_stride)[:, None] + (k.to(tl.int64) * column_stride)[None, :]
         matrix = tl.load(weight + at, mask=(r < rows)[:, None] & (k < columns)[None, :], other=0.0).to(total.dtype)
-        value = _inputs(x, n, k, images, columns, pixels, ACT, SLOPE)
+        value = _inputs(x, n, k, images, columns, None, ACT, SLOPE)
         total += tl.sum(value[:, None, :] * matrix[None, :, :], 2)
+    if pixels is not None:  # once an output, not once an input and block of rows
+        total = total / pixels
     return total
 
 
@@ -158,7 +160,7 @@ def _product_kernel(
     ACT: tl.constexpr, OUT_ACT: tl.constexpr, SLOPE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """v = act(x / pixels) @ weight^T + bias; out = out_act(v) and grad_out = grad * out_act'(v), where given."""
+    """v = act(x) @ weight^T / pixels + bias; out = out_act(v) and grad_out = grad * out_act'(v), where given."""
     n, r = _own_block(rows, BLOCK_N, BLOCK_R)
     v = _product(x, n, pixels, weight, r, images, rows, columns, row_stride, column_stride, ACT, SLOPE, BLOCK_K)
     if bias is not None:
@@ -380,7 +382,7 @@ def _multiply(
     grad: Tensor | None,
     activations: tuple[int, int],
 ) -> tuple[Tensor, Tensor | None]:
-    """(out_act(v), grad * out_act'(v)) of v = act(x / pixels) @ weight^T + bias, [N, rows]; activations: both codes."""
+    """(out_act(v), grad * out_act'(v)) of v = act(x) @ weight^T / pixels + bias, [N, rows]; activations: both codes."""
     out = torch.empty((x.shape[0], weight.shape[0]), dtype=x.dtype, device=x.device)
     grad_out = None if grad is None else torch.empty_like(out)
     arguments = (x, pixels, weight, L.vector(bias), grad, out, grad_out)
