@@ -223,7 +223,7 @@ def _matrix_gradient_kernel(
 
 _POINT = Window(1, 1, 1, 1, 0, 0, 1, 1, 1, 0, None)  # a map is read where it is written
 _WARPS = 4
-_MAP_REGISTERS = 168  # at most, of the kernels over maps; left alone the assembler keeps to 64 or 128, and spills
+_REGISTERS = 168  # at most; left alone the assembler keeps to what gives one program more, and spills
 _TILE_BYTES = 2**13  # of a map, in a program: four 16-byte accesses a thread
 _PROGRAMS = 2**11  # of the sums: several a multiprocessor
 _MATRIX_TILE = 2**11  # elements, for each of _IMAGES
@@ -236,7 +236,7 @@ class Tile(NamedTuple):
     BLOCK_P: int
     BLOCK_C: int
     num_warps: int = _WARPS
-    maxnreg: int | None = _MAP_REGISTERS
+    maxnreg: int | None = _REGISTERS
 
 
 def _tile(x: Tensor, channels_last: bool, pixels: int) -> Tile:
@@ -258,6 +258,7 @@ class ProductTile(NamedTuple):
     BLOCK_R: int
     BLOCK_K: int
     num_warps: int = _WARPS
+    maxnreg: int | None = _REGISTERS
 
 
 def _product_tile(x: Tensor, rows: int, columns: int, transposed: bool) -> ProductTile:
@@ -273,9 +274,8 @@ def _product_tile(x: Tensor, rows: int, columns: int, transposed: bool) -> Produ
 
 def configs() -> dict[str, list[dict[str, Any]]]:
     """What the choosers can return, by kernel, for the ahead-of-time check: blocks follow the sizes."""
-    maps = dict.fromkeys(("_sums_kernel", "_scale_kernel"), [{"num_warps": _WARPS, "maxnreg": _MAP_REGISTERS}])
     products = ("_product_kernel", "_product_gradient_kernel", "_matrix_gradient_kernel")
-    return maps | dict.fromkeys(products, [{"num_warps": _WARPS}])
+    return dict.fromkeys(("_sums_kernel", "_scale_kernel", *products), [{"num_warps": _WARPS, "maxnreg": _REGISTERS}])
 
 
 # ---- host: maps -----------------------------------------------------------------------------------------------------
@@ -410,7 +410,8 @@ def _matrix_gradient(
     if any(t is not None for t in found):
         L.launch(
             _matrix_gradient_kernel, blocks, x, grad, x, pixels, *found, grad.shape[0], rows, columns,
-            ACT=activation, SLOPE=SLOPE, BLOCK_N=8, BLOCK_R=block_r, BLOCK_K=block_k, num_warps=_WARPS,
+            ACT=activation, SLOPE=SLOPE, BLOCK_N=8, BLOCK_R=block_r, BLOCK_K=block_k,
+            num_warps=_WARPS, maxnreg=_REGISTERS,
         )  # fmt: skip
     return found
 
