@@ -142,6 +142,8 @@ def tile(kernel: str, x: Tensor, channels: int, window: Window, channels_last: i
     unrolled = entry is not None and max(window.SH, window.SW) <= 2
     elements, rows, maxnreg = entry if unrolled else _LOOPED[x.element_size()][layout]
     rows, maxnreg = _roomy(rows, maxnreg, channels, window, wide)
+    if kernel == "epilogue_gradient" and channels % 8:  # beside the epilogue's vectors no room for two rows' addresses
+        rows = 1
     if kernel == "input_gradient" and unrolled:
         if max(window.R, window.S) > 5:  # the table's cells are for 3x3: four rows of a 1x9 window spill
             rows = min(rows, 2)
