@@ -141,7 +141,7 @@ MODULES: dict[str, Trained] = {
     "effnet_v1-64-128-16": Trained(lambda m: m.EffNetBlock(64, 128), 64, 16),
     "effnet_v2-64-128-16": Trained(lambda m: m.EffNetBlock(64, 128, version=2), 64, 16),
     "ds_conv-128-128-28": Trained(lambda m: m.FusedDSConv(128, 128), 128, 28),
-    "shared_depthwise-56-56": Trained(lambda m: m.SharedDepthwiseConv2d(56, 3, padding=1, share=8), 56, 56),
+    "shared_depthwise-56-56": Trained(lambda m: m.SharedDepthwiseConv2d(56, share=8, kernel_size=3, padding=1), 56, 56),
     "squeeze_excite-72-28": Trained(lambda m: m.SqueezeExcite(72), 72, 28),
     "blur_max_pool-56-56": Trained(lambda m: m.BlurMaxPool2d(), 56, 56),
 }

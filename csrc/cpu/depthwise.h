@@ -241,15 +241,34 @@ class DepthwiseRow {
     EFFOPS_INLINE vec<C> start(index_t c) const { return bias ? load(bias + c) : vec<C>{}; }
   };
 
-  template <bool Full>
-  EFFOPS_INLINE void finish(const Clamp& out, const Segment& s, index_t c, index_t i, vec<C> v) const {
-    if (out.more) [[unlikely]] {
-      v = epilogue_.apply(v, c, s.residual ? load(s.residual + i * s.residual_ld + c) : vec<C>{});
-    } else {
-      v = at_most<C>(at_least<C>(v, splat(out.low)), splat(out.high));
-    }
+  // The results of Count pixels side by side, from pixel i of the segment on.
+  template <bool Full, int Count>
+  EFFOPS_INLINE void finish(const Clamp& out, const Segment& s, index_t c, index_t i, const vec<C> (&sums)[Count]) const {
     D* to = s.dst + i * s.dst_ld + c;
-    if (Full && out.stream) return store_past_caches(to, v);
+    if (out.more) [[unlikely]] {
+      const C* residual = s.residual ? s.residual + i * s.residual_ld + c : nullptr;
+#pragma GCC unroll 8
+      for (int j = 0; j < Count; ++j) {
+        const vec<C> other = residual ? load(residual + j * s.residual_ld) : vec<C>{};
+        put<Full>(out, to + j * s.dst_ld, c, epilogue_.apply(sums[j], c, other));
+      }
+      return;
+    }
+    const vec<C> low = splat(out.low), high = splat(out.high);
+    const bool ahead = Exact && !out.stream;  // a map: the same pixels of its next row are written soon
+    const index_t below = g_.Q * s.dst_ld;
+#pragma GCC unroll 8
+    for (int j = 0; j < Count; ++j) {
+      if (ahead) __builtin_prefetch(to + below, 1, 2);
+      put<Full>(out, to, c, at_most<C>(at_least<C>(sums[j], low), high));
+      to += s.dst_ld;
+      keep_pointer(to);
+    }
+  }
+
+  template <bool Full>
+  EFFOPS_INLINE void put(const Clamp& out, D* to, index_t c, vec<C> v) const {
+    if (Full && out.stream) [[unlikely]] return store_past_caches(to, v);
     store_lanes<Full || !Exact>(to, v, imin(kLanes<C>, channels_ - c));
   }
 
@@ -267,7 +286,7 @@ class DepthwiseRow {
           acc = acc + load_lanes<kFull>(x + t * g_.dilation_w * s.pixel_stride, channels_ - c) * load(w + t * ld_);
         }
       }
-      finish<kFull>(out, s, c, i, acc);
+      finish<kFull>(out, s, c, i, {acc});
     });
   }
 
@@ -293,26 +312,29 @@ class DepthwiseRow {
   // time.
   template <int S, int Stride, int Block>
   EFFOPS_INLINE void blocks(const Clamp& out, const Segment& s) const {
-    const index_t stride = Stride ? Stride : g_.stride_w;
+    const index_t stride = Stride ? Stride : g_.stride_w, span = (Block - 1) * stride + S;
     for (index_t i = 0; i < s.count; i += Block) {
       const index_t at = imin(i, s.count - Block);
       const index_t x = (s.q0 + at) * stride - g_.pad_left;  // the first input pixel of the block
-      if (x >= 0 && x + (Block - 1) * stride + S <= g_.W) {
+      if (x >= 0 && x + span <= g_.W) {
         for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, false>(out, s, c, at, x);
         });
-      } else {
+      } else if (x > -S && x + span < g_.W + S) {
         for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, true>(out, s, c, at, x);
         });
+      } else {
+        for (index_t j = at; j < at + Block; ++j) pixel(out, s, j);
       }
     }
   }
 
+  // Border: of the pixels read up to S - 1 on either side may lie outside the map.
   template <bool Full, int S, int Stride, int Block, bool Border>
   EFFOPS_INLINE void block(const Clamp& out, const Segment& s, index_t c, index_t i, index_t x0) const {
-    const index_t stride = Stride ? Stride : g_.stride_w;
     const T* const zero = reinterpret_cast<const T*>(kZeros);
+    const index_t apart = Stride ? 1 : g_.stride_w, step = apart * s.pixel_stride;  // of the pixels read
     const index_t width = g_.W;
     vec<C> acc[Block];
 #pragma GCC unroll 8
@@ -326,27 +348,35 @@ class DepthwiseRow {
       constexpr int kPixels = Stride ? (Block - 1) * Stride + S : Block;
 #pragma GCC unroll 32
       for (int k = 0; k < kPixels; ++k) {
-        const index_t pixel = Stride ? k : k * stride;
-        const T* at = x + pixel * s.pixel_stride;
-        if (Border) at = static_cast<std::size_t>(x0 + pixel) < static_cast<std::size_t>(width) ? at : zero;
-        const vec<C> value = load_lanes<Full>(at, channels_ - c);
+        const T* at = x;
+        if (Border && (k < S - 1 || k > kPixels - S || Stride == 0))
+          at = static_cast<std::size_t>(x0 + k * apart) < static_cast<std::size_t>(width) ? at : zero;
+        vec<C> value = load_lanes<Full>(at, channels_ - c);
+        keep_vector(value);
 #pragma GCC unroll 8
         for (int t = 0; t < S; ++t) {
           const int j = Stride ? (k - t) / (Stride ? Stride : 1) : k;
           if (Stride == 0 || (k >= t && (k - t) % (Stride ? Stride : 1) == 0 && j < Block))
             acc[j] = acc[j] + value * tap[t];
         }
+        x += step;
+        keep_pointer(x);
       }
     }
-    // Of the rows of the next window only the last one is new (at stride 1); into L2, which is what it misses. A window
-    // wholly in the padding has no row to go on from.
-    if (s.next_row != 0 && s.r_end > s.r_begin) {
-      const T* below = s.rows[s.r_end - 1 - s.r_begin] + s.next_row + x0 * s.pixel_stride + c;
-#pragma GCC unroll 8
-      for (int j = 0; j < Block; ++j) __builtin_prefetch(below + j * (Stride ? Stride : 1) * s.pixel_stride, 0, 2);
+    // Of the rows of the next window only the last ones are new, as many as the stride; into L2, which is what they miss.
+    // A window wholly in the padding has no row to go on from.
+    if (s.next_row != 0) {
+      for (index_t r = imax(s.r_begin, s.r_end - g_.stride_h); r < s.r_end; ++r) {
+        const T* below = s.rows[r - s.r_begin] + s.next_row + x0 * s.pixel_stride + c;
+#pragma GCC unroll 16
+        for (int j = 0; j < Block * (Stride ? Stride : 1); ++j) {
+          __builtin_prefetch(below, 0, 2);
+          below += s.pixel_stride;
+          keep_pointer(below);
+        }
+      }
     }
-#pragma GCC unroll 8
-    for (int j = 0; j < Block; ++j) finish<Full>(out, s, c, i + j, acc[j]);
+    finish<Full>(out, s, c, i, acc);
   }
 
   // More kernel rows than a ring of pointers holds: pixel by pixel, row pointers fetched one at a time. Correct before
@@ -366,7 +396,7 @@ class DepthwiseRow {
                             load(weights_ + (r * g_.S + t) * ld_ + c);
           }
         }
-        finish<false>(out_, s, c, i, acc);
+        finish<false>(out_, s, c, i, {acc});
       }
     }
   }

@@ -48,6 +48,21 @@ EFFOPS_INLINE index_t imax(index_t a, index_t b) { return a > b ? a : b; }
 EFFOPS_INLINE index_t ceil_div(index_t a, index_t b) { return (a + b - 1) / b; }
 EFFOPS_INLINE index_t round_up(index_t a, index_t b) { return ceil_div(a, b) * b; }
 
+// Hides where a value comes from, so that it stays in its register: GCC else loads it anew at every use, as the memory
+// operand of an FMA, and keeps a multiple of a stride for each address.
+template <class V>
+EFFOPS_INLINE void keep_vector(V& value) {
+#if EFFOPS_VECTOR_BYTES == 64
+  asm("" : "+v"(value));
+#elif defined(__x86_64__)
+  asm("" : "+x"(value));
+#endif
+}
+template <class T>
+EFFOPS_INLINE void keep_pointer(T*& pointer) {
+  asm("" : "+r"(pointer));
+}
+
 template <class C>
 EFFOPS_INLINE vec<C> splat(C value) {
   return value - vec<C>{};  // value - 0, not 0 + value: keeps the sign of a zero
