@@ -230,6 +230,13 @@ struct BlurMaxPoolBackward {
     });
   }
 
+  // The blurred columns that pooled column w went to stand from begin[w] to begin[w + 1], with the taps: searching for
+  // them takes divisions.
+  struct Targets {
+    index_t *begin, *column;
+    C* tap;
+  };
+
   struct Task {
     const BlurMaxPoolBackward& op;
     const BlurMaxPoolArgs& args;
@@ -238,6 +245,8 @@ struct BlurMaxPoolBackward {
     RowSource<T> input, grad_output;
     C *ring, *blurred, *pooled;  // of gradients
     const T** rows;              // of a window
+    C** sums;                    // the ring's rows of a window; null outside the band
+    Targets columns;
 
     Task(const BlurMaxPoolBackward& o, index_t image, index_t begin, index_t end)
         : op(o),
@@ -252,6 +261,8 @@ struct BlurMaxPoolBackward {
       blurred = values(args.Q * kLanes<C>);
       pooled = values(args.Wp * kLanes<C>);
       rows = static_cast<const T**>(arena.allocate(args.window_h * sizeof(T*)));
+      sums = static_cast<C**>(arena.allocate(args.window_h * sizeof(C*)));
+      columns = targets_of_columns();
     }
 
     void run() {
@@ -269,13 +280,17 @@ struct BlurMaxPoolBackward {
         const TapRange window = pool_rows(args, h);
         flush_until(window.begin);
         while (opened < imin(window.end, h_end)) clear(opened++);
-        for (index_t i = window.begin; i < window.end; ++i) rows[i - window.begin] = input.row(n, i);
+        for (index_t i = window.begin; i < window.end; ++i) {
+          rows[i - window.begin] = input.row(n, i);
+          sums[i - window.begin] = i >= h_begin && i < h_end ? slot(i) : nullptr;
+        }
         const GradRows from = grad_rows_of(h);
         for_each_register<C>(args.C, [&](index_t c, auto whole) {
           constexpr bool kFull = decltype(whole)::value;
           blur_from_rows<kFull>(from, c);
           blur_along_width();
-          for (index_t w = 0; w < args.Wp; ++w) to_maximum<kFull>(window, w, c);
+          for (index_t w = 0; w < args.Wp; ++w)
+            to_maximum<kFull>(window.end - window.begin, pool_columns(args, w), w, c);
         });
       }
       flush_until(h_end);
@@ -331,29 +346,45 @@ struct BlurMaxPoolBackward {
       }
     }
 
+    Targets targets_of_columns() {
+      const index_t most = args.Wp * args.size * (args.reflect ? 3 : 1);
+      const auto indices = [&](index_t count) {
+        return static_cast<index_t*>(arena.allocate(count * sizeof(index_t)));
+      };
+      const Targets found{indices(args.Wp + 1), indices(most), static_cast<C*>(arena.allocate(most * sizeof(C)))};
+      index_t count = 0;
+      for (index_t w = 0; w < args.Wp; ++w) {
+        found.begin[w] = count;
+        for_each_target(w, args.Wp, args.Q, args.stride_w, [&](index_t q, index_t tap) {
+          found.column[count] = q;
+          found.tap[count++] = op.filter.tap[tap];
+        });
+      }
+      found.begin[args.Wp] = count;
+      return found;
+    }
+
     void blur_along_width() const {
       for (index_t w = 0; w < args.Wp; ++w) {
         vec<C> sum{};
-        for_each_target(w, args.Wp, args.Q, args.stride_w, [&](index_t q, index_t tap) {
-          sum = sum + load(blurred + q * kLanes<C>) * op.filter.tap[tap];
-        });
+        for (index_t i = columns.begin[w]; i < columns.begin[w + 1]; ++i)
+          sum = sum + load(blurred + columns.column[i] * kLanes<C>) * columns.tap[i];
         store(pooled + w * kLanes<C>, sum);
       }
     }
 
     // Adds the gradient at the pooled pixel w to its window's maximum: the first of equal ones, the last NaN.
     template <bool Full>
-    EFFOPS_INLINE void to_maximum(const TapRange& window, index_t w, index_t c) const {
-      const TapRange columns = pool_columns(args, w);
+    EFFOPS_INLINE void to_maximum(index_t height, const TapRange& range, index_t w, index_t c) const {
       const index_t pixel = input.pixel_stride(), lanes = args.C - c;
       const auto value = [&](index_t h, index_t x) __attribute__((always_inline)) {
-        return load_lanes<Full>(rows[h - window.begin] + x * pixel + c, lanes);
+        return load_lanes<Full>(rows[h] + x * pixel + c, lanes);
       };
-      vec<C> largest = value(window.begin, columns.begin);
+      vec<C> largest = value(0, range.begin);
       vmask<C> chosen{};
       typename std::remove_reference<decltype(chosen[0])>::type position = 0;
-      for (index_t h = window.begin; h < window.end; ++h) {
-        for (index_t x = columns.begin; x < columns.end; ++x, ++position) {
+      for (index_t h = 0; h < height; ++h) {
+        for (index_t x = range.begin; x < range.end; ++x, ++position) {
           const vec<C> v = value(h, x);
           const vmask<C> taken = takes_second<C>(largest, v);
           largest = taken ? v : largest;
@@ -362,10 +393,10 @@ struct BlurMaxPoolBackward {
       }
       const vec<C> grad = load(pooled + w * kLanes<C>), zero{};
       position = 0;
-      for (index_t h = window.begin; h < window.end; ++h) {
-        for (index_t x = columns.begin; x < columns.end; ++x, ++position) {
-          if (h < h_begin || h >= h_end) continue;
-          C* at = slot(h) + x * op.ld + c;
+      for (index_t h = 0; h < height; ++h) {
+        for (index_t x = range.begin; x < range.end; ++x, ++position) {
+          if (sums[h] == nullptr) continue;
+          C* at = sums[h] + x * op.ld + c;
           store(at, load(at) + ((vmask<C>)(chosen == position) ? grad : zero));
         }
       }

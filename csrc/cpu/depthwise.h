@@ -243,7 +243,8 @@ class DepthwiseRow {
 
   // The results of Count pixels side by side, from pixel i of the segment on.
   template <bool Full, int Count>
-  EFFOPS_INLINE void finish(const Clamp& out, const Segment& s, index_t c, index_t i, const vec<C> (&sums)[Count]) const {
+  EFFOPS_INLINE void finish(const Clamp& out, const Segment& s, index_t c, index_t i,
+                            const vec<C> (&sums)[Count]) const {
     D* to = s.dst + i * s.dst_ld + c;
     if (out.more) [[unlikely]] {
       const C* residual = s.residual ? s.residual + i * s.residual_ld + c : nullptr;
@@ -268,7 +269,8 @@ class DepthwiseRow {
 
   template <bool Full>
   EFFOPS_INLINE void put(const Clamp& out, D* to, index_t c, vec<C> v) const {
-    if (Full && out.stream) [[unlikely]] return store_past_caches(to, v);
+    if (Full && out.stream) [[unlikely]]
+      return store_past_caches(to, v);
     store_lanes<Full || !Exact>(to, v, imin(kLanes<C>, channels_ - c));
   }
 
