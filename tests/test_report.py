@@ -110,6 +110,19 @@ def test_entries_take_the_best_of_both_sides():
     assert entry.ratio == pytest.approx(2.0)
     assert entry.share == pytest.approx(2 * 5e6 / 200e-6 / 100e9)
     assert entry.bandwidth == pytest.approx(1e6 / 200e-6 / 20e9)
+    assert entry.limit == pytest.approx(400e-6 / (1e7 / 100e9))  # the 10 MFLOP take longer than the bytes do
+
+
+def test_targets_count_what_lies_beyond_the_machines_limits():
+    """1.5x and 1.1x against a goal of 2: of these the second could not have it, as the bytes alone take too long."""
+
+    def row(case: str, us: float, ratio: float) -> dict:
+        sides = {"effops/nchw": side(us), "eager/nchw": side(us * ratio)}
+        return pair(case, 1, sides, kind="dw", macs=1_000_000)
+
+    rows = [row("blur3-a", 100.0, 1.5), row("fixed3-b", 60.0, 1.1), row("dw3-c", 60.0, 1.1)]
+    text = report.BLOCKS["targets"]([result("dwconv", rows)])
+    assert "0.642 of the goal (plain geometric mean 1.28x, 0 of 2 met, 1 beyond the machine's limits)" in text
 
 
 def test_a_ratio_is_met_by_the_goal_or_at_the_roof():
