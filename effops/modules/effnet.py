@@ -332,7 +332,7 @@ class EffNetBlock(FusedBlock):
         return self._pointwise(z, project, buffers["_project_taps"], stages)
 
     def _forward_whole(self, input: Tensor, shortcut: Tensor | None) -> Tensor | None:
-        """The block as one kernel, where it can be: no batch statistics, no part for torch (effnet_block has more)."""
+        """The block as one kernel: not with batch statistics or a part for torch, nor where `effnet_block` declines."""
         parts = self._modules
         dw, project = parts["dw"], parts["project"]
         if self.training or project.groups != 1 or tampered(dw) or not dw._fuses():
