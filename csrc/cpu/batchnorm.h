@@ -174,6 +174,9 @@ struct NormGradOutput {
   EFFOPS_INLINE vec<C> at(index_t pixel, index_t c, index_t lanes, vec<C>& a) const {
     vec<C> g = load_lanes<Full>(grad.data + pixel * grad.ld + c, lanes);
     a = load_lanes<Full>(activated.data + pixel * activated.ld + c, lanes);
+    // A register of channels of some pixels, then the next: hardware does not see what comes behind these pixels.
+    __builtin_prefetch(grad.data + (pixel + kShortChain) * grad.ld + c, 0, 2);
+    __builtin_prefetch(activated.data + (pixel + kShortChain) * activated.ld + c, 0, 2);
     if (epilogue.post != Activation::none) [[unlikely]] {
       vec<C> y = a * load(epilogue.scale + c) + load(epilogue.shift + c);
       if (residual.data) y = y + load_lanes<Full>(residual.data + pixel * residual.ld + c, lanes);

@@ -8,7 +8,7 @@
 // task owns a band of output rows of one image and a range of panels (two registers of output channels). It takes a few
 // input rows at a time, so many that a panel's ring stays in L1; makes their z, panel by panel; and at once the output
 // rows of that panel whose windows are complete. Where one step covers the band (14x14 and 7x7), all panels share one
-// ring.
+// ring, and a task takes a few images at a time: 49 pixels are three and a half register tiles, 98 are seven.
 //
 // Bands recompute the rows of z that two windows share (R - 1 rows of pointwise work a band); ranges of panels read the
 // input (and make the mid tile) once each. `plan` takes what is estimated to be faster.
@@ -32,9 +32,9 @@ struct BsconvForward {
   const bool stream;   // the output goes past the caches
   const index_t span;  // input rows of a window
 
-  // How the work is cut: each image into `bands` of output rows, the panels into `ranges`.
+  // How the work is cut: each image into `bands` of output rows, the panels into `ranges`; `images` at a time.
   struct Plan {
-    index_t bands = 1, ranges = 1;
+    index_t bands = 1, ranges = 1, images = 1;
   };
 
   explicit BsconvForward(const BsconvForwardArgs& a)
@@ -52,24 +52,38 @@ struct BsconvForward {
   void run() {
     if (g.N * g.P * g.Q == 0) return;
     const index_t slots = slots_for(cost(Plan{}) * static_cast<double>(g.N), g.N * g.P * pw.panels.count);
-    const Plan plan = slots == 1 ? Plan{} : choose_plan(slots);
+    Plan plan = slots == 1 ? Plan{} : choose_plan(slots);
+    plan.images = images_at_a_time(plan, slots);
     const index_t band_rows = rows_of_band(plan), step = rows_at_a_time(band_rows);
     mid.pack_all(shared);
     // Where each panel is used once, its user packs it just before: it is then read from L2 and never written back.
     const bool used_once = g.N * plan.bands == 1 && step == band_rows;
     if (!used_once) pw.pack_all(shared);
-    const index_t units = g.N * plan.bands, tasks = slots == 1 ? 1 : units * plan.ranges;
+    const index_t groups = ceil_div(g.N, plan.images), units = groups * plan.bands,
+                  tasks = slots == 1 ? 1 : units * plan.ranges;
     run_tasks(tasks, [&](index_t i) {
       const index_t range = slots == 1 ? 0 : i / units;
       const index_t first = pw.panels.count * range / plan.ranges, last = pw.panels.count * (range + 1) / plan.ranges;
       Arena arena(Arena::kTask);
-      const Worker worker(*this, arena, first, last, band_rows, step);
+      const Worker worker(*this, arena, first, last, plan.images, band_rows, step);
       for (index_t u = slots == 1 ? 0 : i % units; u < units; u += slots == 1 ? 1 : units) {
-        const index_t band = u % plan.bands;
-        worker.run(u / plan.bands, g.P * band / plan.bands, g.P * (band + 1) / plan.bands);
+        const index_t group = u / plan.bands, band = u % plan.bands;
+        const index_t begin = g.N * group / groups, end = g.N * (group + 1) / groups;
+        if (plan.images > 1) {
+          worker.run_whole(begin, end);
+        } else {
+          worker.run(begin, g.P * band / plan.bands, g.P * (band + 1) / plan.bands);
+        }
       }
       if (stream) fence_stores();
     });
+  }
+
+  // Whole images whose rings L1 holds, and whose input L2, where an image is one step; four tasks a thread remain.
+  index_t images_at_a_time(const Plan& plan, index_t slots) const {
+    if (plan.bands > 1 || rows_of_band(plan) < g.H || rows_at_a_time(g.H) < g.H) return 1;
+    const index_t fit = imin(kRingBytes / (g.H * ring_row()), 2 * kInputBytes / (g.H * input_row()));
+    return imax(1, imin(fit, g.N * plan.ranges / (4 * slots)));
   }
 
   // The most input rows that the windows of a band see.
@@ -80,13 +94,16 @@ struct BsconvForward {
   // As many as keep a ring in L1 and the input rows in L2, at least enough for two register tiles; all of the band's,
   // where those are not many more.
   index_t rows_at_a_time(index_t band_rows) const {
-    constexpr index_t kRingBytes = 32 * 1024, kInputBytes = 256 * 1024, kLeastPixels = 28;
-    const index_t ring_row = g.W * imin(2, pw.panels.vectors) * kLanes<C> * static_cast<index_t>(sizeof(C));
-    const index_t input_row = g.W * map_channels() * static_cast<index_t>(sizeof(C));
-    if (band_rows * ring_row <= kRingBytes && band_rows * input_row <= 2 * kInputBytes) return band_rows;
-    const index_t wanted = imin(kRingBytes / ring_row - (span - 1), kInputBytes / input_row);
+    constexpr index_t kLeastPixels = 28;
+    if (band_rows * ring_row() <= kRingBytes && band_rows * input_row() <= 2 * kInputBytes) return band_rows;
+    const index_t wanted = imin(kRingBytes / ring_row() - (span - 1), kInputBytes / input_row());
     return imin(band_rows, imax(wanted, ceil_div(kLeastPixels, g.W)));
   }
+
+  // Bytes of a row of a panel's ring, and of the input.
+  static constexpr index_t kRingBytes = 32 * 1024, kInputBytes = 256 * 1024;
+  index_t ring_row() const { return g.W * imin(2, pw.panels.vectors) * kLanes<C> * static_cast<index_t>(sizeof(C)); }
+  index_t input_row() const { return g.W * map_channels() * static_cast<index_t>(sizeof(C)); }
 
   // Of one task, in register FMAs.
   double cost(const Plan& plan) const {
@@ -130,7 +147,7 @@ struct BsconvForward {
     C *mid_tile = nullptr, *rings = nullptr, *packed = nullptr, *y = nullptr, *residual = nullptr;
     const C** dw_weights;
 
-    Worker(const BsconvForward& o, Arena& arena, index_t f, index_t l, index_t band_rows, index_t step_)
+    Worker(const BsconvForward& o, Arena& arena, index_t f, index_t l, index_t images, index_t band_rows, index_t step_)
         : op(o),
           g(o.g),
           first(f),
@@ -142,12 +159,12 @@ struct BsconvForward {
           mid_ld(row_distance<C>(imax(1, o.mid.outputs()))),
           ring_size(capacity * g.W * widest),
           tile_rows(imax(1, tile_pixels(widest * sizeof(C), g.Q) / g.Q)),
-          input(arena, o.args.input, o.map, 0, o.map_channels(), step * g.W) {
+          input(arena, o.args.input, o.map, 0, o.map_channels(), images * step * g.W, true) {
       const auto allocate = [&](bool wanted, index_t count) {
         return wanted ? static_cast<C*>(arena.allocate(count * sizeof(C))) : nullptr;
       };
-      mid_tile = allocate(op.has_mid, step * g.W * mid_ld);
-      rings = allocate(true, ring_size * (one_step ? 1 : last - first));
+      mid_tile = allocate(op.has_mid, images * step * g.W * mid_ld);
+      rings = allocate(true, ring_size * (one_step ? images : last - first));
       packed = allocate(op.pw.packed == nullptr, op.pw.inputs() * widest);
       y = allocate(!op.direct, tile_rows * g.Q * widest);
       residual = allocate(op.epilogue.residual.data != nullptr, tile_rows * g.Q * widest);
@@ -166,7 +183,7 @@ struct BsconvForward {
       for (index_t h = h_begin; done < p_end; h += step) {
         const index_t top = imin(h_end, h + step);
         const index_t ready = top == h_end ? p_end : imin(p_end, imax(p_begin, rows_above(top)));
-        const PixelRows<const C> a = rows_of_input(n, h, top);
+        const PixelRows<const C> a = rows_of_input(n * g.H + h, n * g.H + top);
         for (index_t i = first; i < last; ++i) {
           const index_t ld = op.pw.panels.width(i) * kLanes<C>;
           C* data = rings + (one_step ? 0 : (i - first) * ring_size);
@@ -175,6 +192,18 @@ struct BsconvForward {
           if (ready > done) depthwise(i, ring, n, done, ready);
         }
         done = imax(done, ready);
+      }
+    }
+
+    // The images [begin, end), whose input is one step.
+    void run_whole(index_t begin, index_t end) const {
+      const PixelRows<const C> a = rows_of_input(begin * g.H, end * g.H);
+      for (index_t i = first; i < last; ++i) {
+        const index_t ld = op.pw.panels.width(i) * kLanes<C>;
+        op.pw.run(i, weights_of(i), (end - begin) * g.H * g.W, a, rings, ld, true);
+        for (index_t n = begin; n < end; ++n) {
+          depthwise(i, RingOfRows<C>(rings + (n - begin) * g.H * g.W * ld, g.H, g.W, ld), n, 0, g.P);
+        }
       }
     }
 
@@ -191,10 +220,9 @@ struct BsconvForward {
       return padded < 0 ? 0 : padded / g.stride_h + 1;
     }
 
-    // What the second (or only) pointwise convolution reads.
-    PixelRows<const C> rows_of_input(index_t n, index_t h, index_t top) const {
-      const index_t row = n * g.H;
-      const PixelRows<const C> x = input.read((row + h) * g.W, (row + top) * g.W);
+    // What the second (or only) pointwise convolution reads: rows [h, top), numbered through the batch.
+    PixelRows<const C> rows_of_input(index_t h, index_t top) const {
+      const PixelRows<const C> x = input.read(h * g.W, top * g.W);
       if (!op.has_mid) return x;
       op.mid.run_all((top - h) * g.W, x, mid_tile, mid_ld, true);
       return {mid_tile, mid_ld};

@@ -227,15 +227,6 @@ struct StoreScaled {
   }
 };
 
-// The distance of two rows of a tile of A, at least `elements`. Rows a multiple of 512 bytes apart share so few sets of
-// an 8-way L1 that 14 of them and a stream of B do not fit: one register more spreads them.
-template <class Z>
-index_t row_distance(index_t elements) {
-  constexpr index_t unit = kLanes<compute<Z>>;
-  const index_t rounded = round_up(elements, unit);
-  return rounded * static_cast<index_t>(sizeof(Z)) % 512 == 0 ? rounded + unit : rounded;
-}
-
 // Memory that will be wanted after this product (the input rows of the next tile): the inner loop, which leaves the
 // memory pipes idle, asks for one cache line of it per step.
 struct Ahead {

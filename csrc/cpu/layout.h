@@ -261,6 +261,15 @@ struct PixelRows {
   index_t ld = 0;
 };
 
+// The distance of two rows of a tile of A, at least `elements`. Rows a multiple of 512 bytes apart share so few sets of
+// an 8-way L1 that 14 of them and a stream of B do not fit: one register more spreads them.
+template <class Z>
+index_t row_distance(index_t elements) {
+  constexpr index_t unit = kLanes<compute<Z>>;
+  const index_t rounded = round_up(elements, unit);
+  return rounded * static_cast<index_t>(sizeof(Z)) % 512 == 0 ? rounded + unit : rounded;
+}
+
 // Hands out tiles of a map as PixelRows: where they lie, if they lie so and need no conversion, else through a tile of
 // its own. An absent tensor gives null rows.
 template <class T>
@@ -268,11 +277,17 @@ class TileOfMap {
   using C = compute<T>;
 
  public:
-  // `channels` of them from `first` on, at most `pixels` at a time.
+  // `channels` of them from `first` on, at most `pixels` at a time. `for_product`: 14 rows are read side by side, over
+  // and over; rows whose distance puts them all into the same few sets of L1 are copied first.
   TileOfMap(Arena& arena, const TensorRef& tensor, const DepthwiseGeometry& g, index_t first, index_t channels,
-            index_t pixels)
-      : tensor_(tensor), g_(g), first_(first), channels_(channels), ld_(round_up(channels, kLanes<C>)) {
-    in_place_ = std::is_same_v<T, C> && evenly_spaced(tensor, g.N, g.P, g.Q);
+            index_t pixels, bool for_product = false)
+      : tensor_(tensor),
+        g_(g),
+        first_(first),
+        channels_(channels),
+        ld_(for_product ? row_distance<C>(channels) : round_up(channels, kLanes<C>)) {
+    const bool crowded = for_product && tensor.w * static_cast<index_t>(sizeof(T)) % kCrowded == 0;
+    in_place_ = std::is_same_v<T, C> && evenly_spaced(tensor, g.N, g.P, g.Q) && !crowded;
     if (tensor.data != nullptr && !in_place_) tile_ = static_cast<C*>(arena.allocate(pixels * ld_ * sizeof(C)));
   }
 
@@ -295,6 +310,8 @@ class TileOfMap {
   }
 
  private:
+  // Half of what a way of an L1 holds: 14 rows then fall into two sets of 8 or 12 lines.
+  static constexpr index_t kCrowded = 2048;
   TensorRef tensor_;
   const DepthwiseGeometry& g_;
   index_t first_, channels_, ld_;

@@ -109,9 +109,22 @@ struct OutputProduct {
   C* panel(index_t i) const { return packed + k * panels.first_column(i); }
   void pack(index_t i) const {
     const index_t rows = k / matrix.pieces, width = panels.width(i) * kLine;
+    if (matrix.pieces > 1 && matrix.stride_piece == 1 && matrix.stride_in == matrix.pieces) {
+      return pack_interleaved(i, rows, width);
+    }
     for (index_t piece = 0; piece < matrix.pieces; ++piece) {
       pack_panel(static_cast<const T*>(matrix.data) + piece * matrix.stride_piece, matrix.stride_in, matrix.stride_out,
                  rows, K, panels, i, panel(i) + piece * rows * width);
+    }
+  }
+
+  // A weight [K][rows][pieces]: all its rows at once, which is a plain transposition, then each to its piece.
+  void pack_interleaved(index_t i, index_t rows, index_t width) const {
+    Arena arena(Arena::kTask);
+    C* all = static_cast<C*>(arena.allocate(k * width * sizeof(C)));
+    pack_panel(static_cast<const T*>(matrix.data), index_t{1}, matrix.stride_out, k, K, panels, i, all);
+    for (index_t piece = 0; piece < matrix.pieces; ++piece) {
+      copy_rows(all + piece * width, matrix.pieces * width, rows, width, panel(i) + piece * rows * width, width);
     }
   }
 
