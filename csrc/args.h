@@ -126,7 +126,8 @@ struct DsconvForwardArgs {
   const void* pw_weight;
   index_t pw_stride_k, pw_stride_c;
   EpilogueRef pw_epilogue;
-  BatchNormRef norm;  // its parameters' gradients are pw_grads.scale and pw_grads.shift
+  BatchNormRef norm;     // its parameters' gradients are pw_grads.scale and pw_grads.shift
+  void* sums = nullptr;  // [N, K] of the compute type: the sums of the K channels over each image, or not wanted
 };
 
 struct DsconvBackwardArgs {
@@ -212,6 +213,7 @@ struct SeForwardArgs {
   index_t N, C, H, W;
   TensorRef input, output;
   ExcitationRef excitation;
+  const void* sums = nullptr;  // [N, C] of the compute type: those of the input over each image, where they are known
 };
 
 struct SeBackwardArgs {

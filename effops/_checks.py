@@ -200,6 +200,16 @@ def check_slope(op: str, name: str, value: float) -> float:
     return float(value)
 
 
+def check_bool(op: str, name: str, value: bool) -> None:
+    """A flag is True or False, nothing that merely counts as one.
+
+    Raises:
+        TypeError: it is something else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{op}: {name} must be True or False; got {_described(value)}")
+
+
 def check_int(op: str, name: str, value: int, least: int) -> int:
     """An int of at least `least`."""
     if type(value) is int and value >= least:

@@ -2,7 +2,7 @@
 
 from effops.ops.blurmaxpool import BlurMaxPool2dFunction
 from effops.ops.bsconv import BSConv2dFunction
-from effops.ops.dsconv import DSConv2dFunction, DSConvNorm2dFunction
+from effops.ops.dsconv import DSConv2dFunction, DSConvNorm2dFunction, DSConvPool2dFunction
 from effops.ops.dsconv.parts import DSConvParts2dFunction
 from effops.ops.dwconv import DepthwiseConv2dFunction, DepthwiseStatsFunction
 from effops.ops.mbconv import InvertedResidual2dFunction
@@ -15,6 +15,7 @@ __all__ = [
     "DSConv2dFunction",
     "DSConvNorm2dFunction",
     "DSConvParts2dFunction",
+    "DSConvPool2dFunction",
     "DepthwiseConv2dFunction",
     "DepthwiseStatsFunction",
     "InvertedResidual2dFunction",

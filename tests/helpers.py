@@ -507,8 +507,8 @@ def torchs_own_memory() -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def call(tensors: Tensors, case: DwCase | DsCase, backend: str) -> Tensor:
-    """The public functional call that the case describes."""
+def call(tensors: Tensors, case: DwCase | DsCase, backend: str, **extra: Any) -> Tensor:
+    """The public functional call that the case describes, of a `DsCase` with extra arguments."""
     if isinstance(case, BsCase):
         return _bs_call(tensors, case, backend)
     weight_name = "weight" if isinstance(case, DwCase) else "dw_weight"
@@ -518,7 +518,7 @@ def call(tensors: Tensors, case: DwCase | DsCase, backend: str) -> Tensor:
         return EF.ds_conv2d(
             tensors["input"], weight, tensors["pw_weight"], tensors["dw_bias"], tensors["bias"], **geometry,
             **_epilogue_arguments(tensors, "dw_", case.dw), **_epilogue_arguments(tensors, "", case.pw),
-            passthrough=tensors["passthrough"], keep=case.keep, dw_share=share, backend=backend,
+            passthrough=tensors["passthrough"], keep=case.keep, dw_share=share, backend=backend, **extra,
         )  # fmt: skip
     arguments = {**geometry, **_epilogue_arguments(tensors, "", case.epi), "backend": backend}
     if weight.dim() == 3:

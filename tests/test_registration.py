@@ -46,7 +46,8 @@ LATER_ROOMS = ("bsconv", "sepconv", "blur_max_pool", "dsconv_parts", "se", "mbco
 
 def test_functional_schemas() -> None:
     names = [schema.partition("(")[0] for schema in _library.schemas()]
-    convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_bwd"]
+    convolutions = ["dwconv_fwd", "dwconv_bwd", "dwconv_stats", "dwconv_stats_bwd", "dsconv_fwd", "dsconv_pool_fwd"]
+    convolutions += ["dsconv_bwd"]
     norms = ["dsconv_norm_fwd", "dsconv_norm_bwd", "batch_norm_affine"]
     rooms = [f"{room}_{which}" for room in LATER_ROOMS for which in ("fwd", "bwd")]
     assert names == [*convolutions, *norms, *rooms, "effnet_fwd"]
@@ -88,6 +89,7 @@ def operator_calls(memory_format: torch.memory_format, dtype: torch.dtype) -> It
         (rand(12, dtype=wide), rand(12, dtype=wide), rand(12, dtype=wide), *statistics, 0b111),
     )
     yield ops.dsconv_fwd.default, ds
+    yield ops.dsconv_pool_fwd.default, ds
     yield ops.dsconv_bwd.default, (rand(2, 7, 7, 6, dtype=dtype), None, *ds, 0b111111111111)
     yield ops.dsconv_bwd.default, (rand(2, 7, 7, 6, dtype=dtype), None, *ds, 0b000010000101)
     yield ops.dsconv_norm_fwd.default, (*ds, 1e-5)
@@ -462,7 +464,9 @@ def test_flops_are_two_a_multiply_accumulate(backend: str) -> None:
     assert flops(lambda: EF.depthwise_stats2d(x, w, stride=2, backend=backend)) == depthwise
     through = rand(2, 3, 4, 3)
     both = depthwise + 2 * (2 * 6 * 4 * 3) * 19
-    assert flops(lambda: EF.ds_conv2d(x, w, pw, stride=2, passthrough=through, keep=2, backend=backend)) == both
+    for pool in (False, True):
+        found = flops(lambda: EF.ds_conv2d(x, w, pw, stride=2, passthrough=through, keep=2, pool=pool, backend=backend))  # noqa: B023
+        assert found == both
 
 
 # ---- autograd.Functions ---------------------------------------------------------------------------------------------

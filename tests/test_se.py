@@ -177,9 +177,10 @@ def test_opcheck_and_compile(cpp: str) -> None:
         tensors = tensors_of(CASES["odd_c-nchw"], torch.float32)
         tensors["input"] = lay_out(tensors["input"].double(), layout, torch.float32)
         geometry = [int(layout == "channels_last"), 1, 7]
-        arguments = (*tensors.values(), geometry)
-        assert set(torch.library.opcheck(torch.ops.effops.se_fwd.default, arguments).values()) == {"SUCCESS"}
-        backward = (tensors["input"] * 2, *arguments, 0b11111)
+        for sums in (None, tensors["input"].sum((2, 3))):
+            arguments = (*tensors.values(), sums, geometry)
+            assert set(torch.library.opcheck(torch.ops.effops.se_fwd.default, arguments).values()) == {"SUCCESS"}
+        backward = (tensors["input"] * 2, *tensors.values(), geometry, 0b11111)
         assert set(torch.library.opcheck(torch.ops.effops.se_bwd.default, backward).values()) == {"SUCCESS"}
     module = effops.SqueezeExcite(12)
     x = torch.randn(3, 12, 5, 4, requires_grad=True)
@@ -218,6 +219,11 @@ def weights(**changes) -> dict:
          "silu, hardswish, hardsigmoid, sigmoid, gelu"),
         ({"gate": "relu"}, ValueError, "unknown gate 'relu'; accepted: sigmoid, hardsigmoid"),
         ({"gate": 1}, TypeError, "gate must be a string; got int; accepted: sigmoid, hardsigmoid"),
+        ({"sums": 1}, TypeError, "sums must be a tensor [N,C] or None; got int"),
+        ({"sums": torch.ones(2, 8).double()}, TypeError,
+         "sums must be torch.float32 on cpu; got torch.float64 on cpu"),
+        ({"sums": torch.ones(2, 7)}, ValueError, "sums must be [2,8]; got [2,7]"),
+        ({"sums": torch.ones(2, 8, requires_grad=True)}, ValueError, "sums must not require a gradient; detach them"),
     ],
     ids=str,
 )  # fmt: skip
@@ -233,14 +239,22 @@ def test_raw_operator_raises(cpp: str) -> None:
         (1, torch.ones(4, 9, 1, 1)), (3, torch.ones(8, 5, 1, 1)), (2, torch.ones(5)), (4, torch.ones(4)),
         (5, [0, 1]), (5, [0, 99, 7]), (5, [0, 1, 1]), (0, torch.ones(2, 8, 0, 3)), (1, torch.ones(4, 8, 1, 1).double()),
     ]  # fmt: skip
-    torch.ops.effops.se_fwd(*good)
+
+    def forward(arguments: tuple, sums: Tensor | None = None) -> Tensor:
+        return torch.ops.effops.se_fwd(*arguments[:5], sums, arguments[5])
+
+    forward(good)
     for at, value in bad:
         arguments = [*good]
         arguments[at] = value
         with pytest.raises(RuntimeError):
-            torch.ops.effops.se_fwd(*arguments)
+            forward(arguments)
         with pytest.raises(RuntimeError):
             torch.ops.effops.se_bwd(torch.ones(2, 8, 3, 3), *arguments, 1)
+    forward(good, torch.ones(2, 8))
+    for sums in (torch.ones(2, 7), torch.ones(1, 8), torch.ones(2, 8, 1), torch.ones(2, 8).double()):
+        with pytest.raises(RuntimeError, match="sums must hold a float32"):
+            forward(good, sums)
     for grad, mask in ((torch.ones(2, 8, 3, 4), 1), (torch.ones(2, 8, 3, 3), 1 << 5)):
         with pytest.raises(RuntimeError):
             torch.ops.effops.se_bwd(grad, *good, mask)

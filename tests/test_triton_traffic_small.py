@@ -51,7 +51,7 @@ def test_squeeze_excite(layout: str) -> None:
     weights = (torch.randn(5, 20, 1, 1), torch.randn(5), torch.randn(20, 5, 1, 1), torch.randn(20))
     geometry = [int(layout == "channels_last"), 1, 7]
     with recorded() as programs:
-        y = se_fwd(x, *weights, geometry)
+        y = se_fwd(x, *weights, None, geometry)
     with recorded() as backward:
         dx = se_bwd(grad, x, *weights, geometry, 0b11111)[0]
     for found, maps, source, result in ((programs, (x,), x, y), (backward, (x, grad), grad, dx)):

@@ -48,10 +48,10 @@ def arguments(op: str, case: Case, dtype: torch.dtype, layout: str) -> tuple[Any
         biases[0],
         weights[1],
         biases[1],
-        [int(layout == "channels_last"), case.activation, case.gate],
     )
+    statics = [int(layout == "channels_last"), case.activation, case.gate]
     mask = 0b11111 if case.bias else 0b01011
-    return forward if op == "se_fwd" else (torch.empty_like(x), *forward, mask)
+    return (*forward, None, statics) if op == "se_fwd" else (torch.empty_like(x), *forward, statics, mask)
 
 
 def problems() -> Iterator[RoomProblem]:

@@ -224,17 +224,33 @@ void check_saved_output(const TensorRef& output, const EpilogueRef& e) {
                   "residual or post activation");
 }
 
+static ScalarType statistics_type(const Tensor& input) {
+  return input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
 Tensor new_statistic(const Tensor& input, index_t channels) {
-  const ScalarType type = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   const std::int64_t size = channels, stride = 1;
-  return new_strided(input, type, &size, &stride, 1);
+  return new_strided(input, statistics_type(input), &size, &stride, 1);
+}
+
+Tensor new_sums(const Tensor& input, index_t channels) {
+  const std::int64_t sizes[] = {input.size(0), channels}, strides[] = {channels, 1};
+  return new_strided(input, statistics_type(input), sizes, strides, 2);
+}
+
+Tensor sums_of(const Tensor& sums, const Tensor& input, index_t channels) {
+  check_device(sums, input, "sums");
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(0) == input.size(0) && sums.size(1) == channels &&
+                      sums.scalar_type() == statistics_type(input),
+                  "effops: sums must hold a float32 (float64 for float64 input) for each of ", input.size(0),
+                  " images and ", channels, " channels");
+  return dense(sums);
 }
 
 Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels, const char* name) {
-  const ScalarType type = input.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
   check_device(tensor, input, name);
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == type, "effops: ", name,
-                  " must be a vector of ", channels, " statistics");
+  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == channels && tensor.scalar_type() == statistics_type(input),
+                  "effops: ", name, " must be a vector of ", channels, " statistics");
   return dense(tensor);
 }
 

@@ -69,6 +69,10 @@ Tensor new_statistic(const Tensor& input, index_t channels);
 Tensor statistic(const Tensor& tensor, const Tensor& input, index_t channels,
                  const char* name);  // checked and contiguous
 
+// Sums over the pixels of each image, [N, channels] of the same dtypes.
+Tensor new_sums(const Tensor& input, index_t channels);
+Tensor sums_of(const Tensor& sums, const Tensor& input, index_t channels);  // checked and contiguous
+
 Tensor new_bytes(const Tensor& like, std::size_t bytes);  // scratch on the device of `like`
 Tensor new_like_shape(const Tensor& like);                // contiguous, the same sizes and dtype
 

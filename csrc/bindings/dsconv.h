@@ -60,8 +60,30 @@ struct DsconvBindings {
                         const Ints& geometry, const std::vector<double>& slopes) {
     const StaticArgs statics = read_geometry(Kernels::checked(input), dw_weight, geometry, kGeometry, "dsconv_fwd");
     const Tensor kernel = dense(dw_weight);
+    return run(input, statics,
+               forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual, pw_weight,
+                            bias, scale, shift, residual, geometry, slopes));
+  }
+
+  static std::tuple<Tensor, Tensor> pool_forward(const Tensor& input, const OptionalTensor& passthrough,
+                                                 const Tensor& dw_weight, const OptionalTensor& dw_bias,
+                                                 const OptionalTensor& dw_scale, const OptionalTensor& dw_shift,
+                                                 const OptionalTensor& dw_residual, const Tensor& pw_weight,
+                                                 const OptionalTensor& bias, const OptionalTensor& scale,
+                                                 const OptionalTensor& shift, const OptionalTensor& residual,
+                                                 const Ints& geometry, const std::vector<double>& slopes) {
+    const StaticArgs statics =
+        read_geometry(Kernels::checked(input), dw_weight, geometry, kGeometry, "dsconv_pool_fwd");
+    const Tensor kernel = dense(dw_weight);
     DsconvForwardArgs args = forward_args(statics, kernel, input, passthrough, dw_bias, dw_scale, dw_shift, dw_residual,
                                           pw_weight, bias, scale, shift, residual, geometry, slopes);
+    Tensor sums = new_sums(input, args.K);
+    args.sums = sums.mutable_data_ptr();
+    return {run(input, statics, args), sums};
+  }
+
+  // The output of checked arguments.
+  static Tensor run(const Tensor& input, const StaticArgs& statics, DsconvForwardArgs args) {
     Tensor output = new_map(input, args.g.N, args.keep + args.K, args.g.P, args.g.Q, statics.channels_last);
     args.output = tensor_ref(output);
     Kernels::dsconv_fwd(input, args);

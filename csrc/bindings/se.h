@@ -72,10 +72,16 @@ struct SeBindings {
   }
 
   static Tensor forward(const Tensor& input, const Tensor& reduce_weight, const OptionalTensor& reduce_bias,
-                        const Tensor& expand_weight, const OptionalTensor& expand_bias, const Ints& geometry) {
+                        const Tensor& expand_weight, const OptionalTensor& expand_bias, const OptionalTensor& sums,
+                        const Ints& geometry) {
     const Excitation excitation =
         checked_excitation(input, reduce_weight, reduce_bias, expand_weight, expand_bias, geometry);
     SeForwardArgs args = forward_args(input, excitation);
+    OptionalTensor dense_sums;
+    if (sums.has_value()) {
+      dense_sums = sums_of(*sums, input, args.C);
+      args.sums = dense_sums->const_data_ptr();
+    }
     Tensor output = new_map(input, args.N, args.C, args.H, args.W, geometry[0] != 0);
     args.output = tensor_ref(output);
     Kernels::se_fwd(input, args);

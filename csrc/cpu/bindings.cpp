@@ -59,6 +59,7 @@ struct CpuKernels {
 
 STABLE_TORCH_LIBRARY_IMPL(effops, CPU, library) {
   EFFOPS_REGISTER_OPERATORS(library, CpuKernels, "");
+  library.impl("dsconv_pool_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::pool_forward));
   library.impl("dsconv_norm_fwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_forward));
   library.impl("dsconv_norm_bwd", TORCH_BOX(&DsconvBindings<CpuKernels>::norm_backward));
   library.impl("effnet_fwd", TORCH_BOX(&EffnetBindings<CpuKernels>::forward));

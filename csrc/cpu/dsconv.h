@@ -14,7 +14,8 @@
 // range, each output once, W once per range and tile (from L2).
 //
 // With a norm the K output channels go to norm.activated, the moments of each tile are taken while it is in cache, and
-// `normalise` (batchnorm.h) makes the output of it.
+// `normalise` (batchnorm.h) makes the output of it. The sums over each image that a squeeze-excite wants are taken of each
+// tile likewise.
 
 // A per-channel vector and an epilogue from channel `first` on.
 inline ChannelRef from_channel(ChannelRef vector, index_t first) {
@@ -85,6 +86,7 @@ struct DsconvForward {
   Epilogue<C> pw_epilogue;
   const TensorRef result;      // the pointwise's K channels
   Moments* moments = nullptr;  // with a norm: one a task
+  double* sums = nullptr;      // over images, where they are wanted: [images or more][K]
   bool direct, simple;
   bool stream;  // the output goes past the caches
 
@@ -108,6 +110,8 @@ struct DsconvForward {
   }
 
   bool has_norm() const { return args.norm.activated.data != nullptr; }
+  bool pools() const { return args.sums != nullptr; }
+  bool reads_back() const { return has_norm() || pools(); }  // the finished tile
 
   // What the norm's statistics are taken of: its own place in the epilogue and all after it come later.
   static EpilogueRef ahead_of_norm(const DsconvForwardArgs& a) {
@@ -126,9 +130,8 @@ struct DsconvForward {
     return result;
   }
 
-  // (A norm reads the result at once.)
   bool can_stream() const {
-    return one_pass() && !has_norm() && streams<T>(result, args.K, pixels * (args.K + args.keep));
+    return one_pass() && !reads_back() && streams<T>(result, args.K, pixels * (args.K + args.keep));
   }
 
   // The output's registers go straight to memory; else they pass through a scratch tile.
@@ -177,6 +180,7 @@ struct DsconvForward {
     const Tile tile{0, pixels, z, passthrough_in_place(0), nullptr};
     const index_t shares = shares_for(product_cost(), panels.count);
     if (has_norm()) moments = new_moments(shared, args.K, 1);  // each task has its own channels
+    if (pools()) sums = partial_sums<double>(shared, g.N, args.K);
     run_tasks(shares, [&](index_t s) {
       const index_t first = panels.count * s / shares, last = panels.count * (s + 1) / shares;
       Arena arena(Arena::kTask);
@@ -191,7 +195,9 @@ struct DsconvForward {
         Moments own{0, moments->mean + writer.column, moments->m2 + writer.column};
         writer.add_moments(tile, own);
       }
+      if (pools()) writer.add_sums(tile, sums);
     });
+    for (index_t n = 0; pools() && n < g.N; ++n) write_sums(n, n, n);
     if (has_norm()) {
       moments->count = static_cast<double>(pixels);
       write_moments<C>(moments, 1, args.K, args.norm.mean, args.norm.var);
@@ -214,6 +220,8 @@ struct DsconvForward {
     const index_t shares = slots == 1 ? 1 : slots * imax(1, imin(4, pixels / (slots * kRangePixels)));
     const auto edge = [&](index_t s) { return rows >= shares ? rows * s / shares * g.Q : pixels * s / shares; };
     if (has_norm()) moments = new_moments(shared, args.K, shares);
+    // A range's sums of image n are row n + its number: ranges share no row, since neighbours share one image at most.
+    if (pools()) sums = partial_sums<double>(shared, g.N + shares - 1, args.K);
     run_tasks(shares, [&](index_t s) {
       Arena arena(Arena::kTask);
       const index_t end = edge(s + 1), step = imin(tile_pixels(ldz * sizeof(Z), g.Q), end - edge(s));
@@ -227,10 +235,28 @@ struct DsconvForward {
         for (index_t i = 0; i < panels.count; ++i) writer.multiply(tile, i, panel_weights(i));
         writer.finish(tile);
         if (has_norm()) writer.add_moments(tile, moments[s]);
+        if (pools()) writer.add_sums(tile, sums + s * args.K);
       }
       if (stream) fence_stores();
     });
     if (has_norm()) write_moments<C>(moments, shares, args.K, args.norm.mean, args.norm.var);
+    if (!pools()) return;
+    for (index_t n = 0, first = 0; n < g.N; ++n) {
+      while (edge(first + 1) <= n * g.P * g.Q) ++first;
+      index_t last = first;
+      while (edge(last + 1) < (n + 1) * g.P * g.Q) ++last;
+      write_sums(n, n + first, n + last);
+    }
+  }
+
+  // Image n's sums: those of the rows [first, last], in their order.
+  void write_sums(index_t n, index_t first, index_t last) const {
+    C* to = static_cast<C*>(args.sums) + n * args.K;
+    for (index_t k = 0; k < args.K; ++k) {
+      double total = 0;
+      for (index_t row = first; row <= last; ++row) total += sums[row * args.K + k];
+      to[k] = static_cast<C>(total);
+    }
   }
 
   // Flat output pixels [begin, end) and their z.
@@ -275,7 +301,8 @@ struct DsconvForward {
           column(op.panels.first_column(first)),
           columns(imin(op.args.K, op.panels.first_column(last)) - column),
           ldy(row_distance<C>(op.panels.first_column(last) - column)),
-          written(arena, op.has_norm() && op.one_pass() ? op.result : TensorRef{}, op.g, column, columns, tile_pixels) {
+          written(arena, op.reads_back() && op.one_pass() ? op.result : TensorRef{}, op.g, column, columns,
+                  tile_pixels) {
       if (!op.one_pass()) y = static_cast<C*>(arena.allocate(tile_pixels * ldy * sizeof(C)));
       if (op.pw_epilogue.residual.data) residual = static_cast<C*>(arena.allocate(tile_pixels * ldy * sizeof(C)));
       if (op.has_norm()) of_tile = new_moments(arena, columns, 1);
@@ -314,9 +341,25 @@ struct DsconvForward {
 
     // The finished tile's moments, to those of the task's channels.
     void add_moments(const Tile& t, Moments& moments) const {
-      const PixelRows<const C> rows = y ? PixelRows<const C>{y, ldy} : written.read(t.begin, t.end);
-      tile_moments(rows, t.end - t.begin, columns, *of_tile);
+      tile_moments(finished(t), t.end - t.begin, columns, *of_tile);
       combine_moments(moments, *of_tile, columns);
+    }
+
+    // Its sums, each image's to the row of its number.
+    void add_sums(const Tile& t, double* sums) const {
+      const PixelRows<const C> rows = finished(t);
+      const index_t image = op.g.P * op.g.Q;
+      for (index_t begin = t.begin, end; begin < t.end; begin = end) {
+        const index_t n = begin / image;
+        end = imin(t.end, (n + 1) * image);
+        const PixelRows<const C> own{rows.data + (begin - t.begin) * rows.ld, rows.ld};
+        add_pixels<C>(own, {}, end - begin, columns, sums + n * op.args.K + column);
+      }
+    }
+
+   private:
+    PixelRows<const C> finished(const Tile& t) const {
+      return y ? PixelRows<const C>{y, ldy} : written.read(t.begin, t.end);
     }
   };
 

@@ -169,6 +169,25 @@ EFFOPS_INLINE void add_to_doubles(double* sums, vec<C> value, index_t lanes) {
   }
 }
 
+// sums[c] += the pixels of `rows`, with a factor each or without.
+template <class C>
+void add_pixels(const PixelRows<const C>& rows, const PixelRows<const C>& factors, index_t pixels, index_t channels,
+                double* sums) {
+  for (index_t first = 0; first < pixels; first += kShortChain) {
+    const index_t last = imin(pixels, first + kShortChain);
+    for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
+      constexpr bool kFull = decltype(whole)::value;
+      vec<C> total{};
+      for (index_t i = first; i < last; ++i) {
+        vec<C> value = load_lanes<kFull>(rows.data + i * rows.ld + c, channels - c);
+        if (factors.data) value = value * load_lanes<kFull>(factors.data + i * factors.ld + c, channels - c);
+        total = total + value;
+      }
+      add_to_doubles<C>(sums + c, total, channels - c);
+    });
+  }
+}
+
 // The per-channel sums that the gradient of an epilogue needs, one set per slot of tasks. Null where not asked for.
 struct EpilogueSums {
   double *bias = nullptr, *scale = nullptr, *shift = nullptr;

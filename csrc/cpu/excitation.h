@@ -3,25 +3,6 @@
 //
 //   means [C] --W1 [between, C]--> inner [between] --act--> hidden --W2 [C, between]--> outer [C] --gate--> gates [C]
 
-// sums[c] += the pixels of `rows`, with a factor each or without.
-template <class C>
-void add_pixels(const PixelRows<const C>& rows, const PixelRows<const C>& factors, index_t pixels, index_t channels,
-                double* sums) {
-  for (index_t first = 0; first < pixels; first += kShortChain) {
-    const index_t last = imin(pixels, first + kShortChain);
-    for_each_register<C>(channels, [&](index_t c, auto whole) __attribute__((always_inline)) {
-      constexpr bool kFull = decltype(whole)::value;
-      vec<C> total{};
-      for (index_t i = first; i < last; ++i) {
-        vec<C> value = load_lanes<kFull>(rows.data + i * rows.ld + c, channels - c);
-        if (factors.data) value = value * load_lanes<kFull>(factors.data + i * factors.ld + c, channels - c);
-        total = total + value;
-      }
-      add_to_doubles<C>(sums + c, total, channels - c);
-    });
-  }
-}
-
 // y = x * factor + offset, channel by channel; offset may be null. y may be x.
 template <class C, class D>
 void scale_pixels(const PixelRows<const C>& x, const C* factor, const C* offset, index_t pixels, index_t channels,

@@ -1,7 +1,7 @@
 // Room se: y = x * gate(W2 act(W1 mean(x) + b1) + b2), one image after the other, and its gradient. Included inside
 // namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-//   x [H W][C] --sums, in tiles--> means -> gates [C] (excitation.h)        one read
+//   x [H W][C] --sums, in tiles--> means -> gates [C] (excitation.h)        one read, none where x's producer took them
 //   x [H W][C] --------------------- * gates -----------------------> y     one read, from L2 where an image fits it
 //
 // A task owns an image; where there are fewer images than threads, a range of an image's pixels, with partial sums that
@@ -34,8 +34,11 @@ class SqueezeExcite {
         factors_(static_cast<C*>(shared_.allocate(imax(1, args.N) * 2 * padded_ * sizeof(C)))) {}
 
   void forward() {
-    run([&](index_t part, Arena& arena) { add_sums(part, {}, arena); },
-        [&](index_t n) { products_.gates(summed(n), pixels_, images_[n], gates(n)); },
+    run(
+        [&](index_t part, Arena& arena) {
+          if (args_.sums == nullptr) add_sums(part, {}, arena);
+        },
+        [&](index_t n) { products_.gates(args_.sums ? given(n) : summed(n), pixels_, images_[n], gates(n)); },
         [&](index_t part, Arena& arena) { scale(part, args_.input, nullptr, args_.output, arena); });
   }
 
@@ -111,6 +114,13 @@ class SqueezeExcite {
   const double* summed(index_t n) const {
     double* sums = sums_ + n * parts_ * 2 * padded_;
     reduce_slots(sums, parts_, 2 * padded_);
+    return sums;
+  }
+
+  // The sums that the producer of the input took.
+  const double* given(index_t n) const {
+    double* sums = sums_ + n * parts_ * 2 * padded_;
+    for (index_t c = 0; c < args_.C; ++c) sums[c] = static_cast<const C*>(args_.sums)[n * args_.C + c];
     return sums;
   }
 

@@ -8,7 +8,8 @@
 //               --the products backward--> gradients of weights and biases; `per pixel` [N][C]
 //               grad * gates + per pixel -> grad_input
 //
-//   Three passes over a map forward, four backward, whatever the layout; everything else is [N][C].
+//   Three passes over a map forward, two where x's producer took the sums, four backward, whatever the layout; everything
+//   else is [N][C].
 //
 //   An access is 8 bytes: channels of a pixel (channels_last), or pixels of a channel (NCHW); one element where the map
 //   does not allow that. A thread has four of them in flight (of each map): 32 KB a multiprocessor at 50% occupancy.
@@ -337,12 +338,15 @@ void* take_sums(DType dtype, const GatedMaps& maps, int lines, Scratch& scratch)
 void forward(DType dtype, const SeForwardArgs& args, Run& run) {
   const GatedMaps maps = maps_of(args);
   PixelSumsArgs sums{maps, args.input, {}};
-  const int lines = pixel_sum_lines(dtype, sums, run.device);
-  sums.sums = take_sums(dtype, maps, lines, run.scratch);
+  ImageSums taken{args.sums, 1};
+  if (taken.data == nullptr) {
+    taken.lines = pixel_sum_lines(dtype, sums, run.device);
+    taken.data = sums.sums = take_sums(dtype, maps, taken.lines, run.scratch);
+  }
   const ExcitationValues values = excitation_values(dtype, maps, args.excitation, run.scratch);
   if (!run.launching) return;
-  pixel_sums(dtype, sums, run.device, run.stream);
-  excitation(dtype, maps, {sums.sums, lines}, args.excitation, values, run.stream);
+  if (sums.sums != nullptr) pixel_sums(dtype, sums, run.device, run.stream);
+  excitation(dtype, maps, taken, args.excitation, values, run.stream);
   scale_pixels(dtype, {maps, args.input, args.output, values.gates, nullptr}, run.stream);
 }
 

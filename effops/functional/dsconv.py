@@ -15,12 +15,13 @@ from effops.ops.dsconv.reference import dsconv as _dsconv_reference
 from effops.ops.dsconv.reference import normalise as _normalise
 from effops.ops.epilogue import NONE, BatchNorm, Epilogue
 from effops.ops.geometry import CHANNELS_LAST, KEEP, PW_POST_ACTIVATION, in_format, with_tf32
+from effops.ops.registration import sums_dtype
 
 
 def _separable(
     op, input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation, dw_share, keep,
     dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation,
-    activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
+    activation, negative_slope, scale, shift, residual, post_activation, batch_norm, pool, backend,
 ):  # fmt: skip
     """The body of the depthwise separable functions: check, choose, call."""
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:
@@ -63,10 +64,11 @@ def _separable(
     slope = check.check_slope(op, "negative_slope", negative_slope)
     if batch_norm is not None:
         check.check_batch_norm(op, batch_norm, scale, shift, pw_shape, kind)
+    check.check_bool(op, "pool", pool)
 
     taken = backends.choose(backends.Call("dsconv", op, input, dw_weight, pw_weight, geometry, pw_shape), backend)
     if taken == "reference":
-        return _dsconv_reference(
+        output = _dsconv_reference(
             input,
             passthrough,
             dw_weight,
@@ -76,6 +78,7 @@ def _separable(
             geometry,
             batch_norm,
         )
+        return _with_sums(output, keep) if pool else output
     if taken == "cuda" and input.dtype == torch.float32:
         geometry = with_tf32(geometry)
     if batch_norm is not None:
@@ -83,12 +86,22 @@ def _separable(
             input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
             pw_weight, pw_bias, batch_norm.weight, batch_norm.bias, residual,
         )  # fmt: skip
-        return _separable_norm(tensors, geometry, [dw_slope, slope], batch_norm, taken)
+        output = _separable_norm(tensors, geometry, [dw_slope, slope], batch_norm, taken)
+        return _with_sums(output, keep) if pool else output
     tensors = (
         input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
         pw_weight, pw_bias, scale, shift, residual,
     )  # fmt: skip
-    return run_kernels(_dsconv.DSConv2dFunction, _dsconv.KERNELS, taken, tensors, geometry, [dw_slope, slope])
+    slopes = [dw_slope, slope]
+    if pool and taken in _dsconv.POOL_KERNELS:
+        return run_kernels(_dsconv.DSConvPool2dFunction, _dsconv.POOL_KERNELS, taken, tensors, geometry, slopes)
+    output = run_kernels(_dsconv.DSConv2dFunction, _dsconv.KERNELS, taken, tensors, geometry, slopes)
+    return _with_sums(output, keep) if pool else output
+
+
+def _with_sums(output: Tensor, keep: int) -> tuple[Tensor, Tensor]:
+    """An output and the sums of its pointwise channels over each image, in a pass of their own."""
+    return output, output.detach()[:, keep:].sum((2, 3), dtype=sums_dtype(output))
 
 
 def _separable_norm(tensors, geometry, slopes, norm, taken):
@@ -152,8 +165,9 @@ def ds_conv2d(
     passthrough: Tensor | None = None,
     keep: int = 0,
     dw_share: int = 1,
+    pool: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """y = pw_chain(dw_chain(input)), a depthwise separable convolution as one kernel: dw_chain's result is not stored.
 
         dw_chain(x) = dw_post_act(dw_act(depthwise_conv2d(x, dw_weight) + dw_bias) * dw_scale + dw_shift + dw_residual)
@@ -178,10 +192,13 @@ def ds_conv2d(
         passthrough: [N,Cp,P,Q], goes to the pointwise convolution beside the depthwise's result, or None.
         keep: so many of the last depthwise channels are put out before the pointwise's.
         dw_share: number of channel chunks that share dw_weight (`shared_depthwise_conv2d`).
+        pool: also returns the sums over each image of the pointwise's K channels, which the kernel takes as it stores
+            them: what `squeeze_excite2d(..., sums=...)` then need not read again.
         backend: "auto" or a backend's name.
 
     Returns:
-        [N,keep+K,P,Q] of the input's dtype, channels_last where the input's strides are.
+        [N,keep+K,P,Q] of the input's dtype, channels_last where the input's strides are. With pool also the sums
+        [N,K], float64 for a float64 input, else float32, which carry no gradient.
 
     Raises:
         TypeError: an argument of a wrong kind or dtype.
@@ -193,7 +210,7 @@ def ds_conv2d(
     return _separable(
         "ds_conv2d", input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
         dw_share, keep, dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation,
-        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, pool, backend,
     )  # fmt: skip
 
 
@@ -219,8 +236,9 @@ def half_identity2d(
     residual: Tensor | None = None,
     post_activation: str = "none",
     batch_norm: BatchNorm | None = None,
+    pool: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """VGNet's half-identity block on a pair of halves: (right, pw_chain(cat[left, dw_chain(right)])), as one kernel.
 
     Args:
@@ -235,10 +253,11 @@ def half_identity2d(
             follows VGNet's fixed kernels).
         activation, negative_slope, scale, shift, residual, post_activation, batch_norm: the pointwise's epilogue, as
             `ds_conv2d`.
+        pool: also returns the sums of the new half over each image, as `ds_conv2d`.
         backend: "auto" or a backend's name.
 
     Returns:
-        right, unchanged, and the new half [N,K,H,W].
+        right, unchanged, and the new half [N,K,H,W]; with pool its sums [N,K] as well.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
@@ -251,9 +270,9 @@ def half_identity2d(
     new = _separable(
         op, right, left, dw_weight, dw_bias, pw_weight, pw_bias, 1, padding, dilation, 1, 0,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
-        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, pool, backend,
     )  # fmt: skip
-    return right, new
+    return (right, *new) if pool else (right, new)
 
 
 def downsampling2d(
@@ -279,8 +298,9 @@ def downsampling2d(
     residual: Tensor | None = None,
     post_activation: str = "none",
     batch_norm: BatchNorm | None = None,
+    pool: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """VGNet's downsampling block: z = dw_chain(input); y = cat[z[:, -keep:], pw_chain(z)], as one kernel.
 
     Args:
@@ -294,10 +314,11 @@ def downsampling2d(
         dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_post_activation: the depthwise's epilogue.
         activation, negative_slope, scale, shift, residual, post_activation, batch_norm: the pointwise's epilogue, as
             `ds_conv2d`.
+        pool: also returns the sums of the K new channels over each image, as `ds_conv2d`.
         backend: "auto" or a backend's name.
 
     Returns:
-        [N,keep+K,P,Q].
+        [N,keep+K,P,Q]; with pool the sums [N,K] as well.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
@@ -308,5 +329,5 @@ def downsampling2d(
         "downsampling2d", input, None, dw_weight_or_bank, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
         1, keep,
         dw_activation, dw_negative_slope, dw_scale, dw_shift, None, dw_post_activation,
-        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, backend,
+        activation, negative_slope, scale, shift, residual, post_activation, batch_norm, pool, backend,
     )  # fmt: skip

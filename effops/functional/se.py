@@ -10,6 +10,7 @@ from effops import backends
 from effops.functional._gradients import run_kernels
 from effops.ops import geometry as G
 from effops.ops import se as _se
+from effops.ops.registration import sums_dtype
 from effops.ops.se.reference import GATES, Excitation
 from effops.ops.se.reference import squeeze_excite as _reference
 
@@ -72,6 +73,7 @@ def squeeze_excite2d(
     *,
     activation: str = "relu",
     gate: str = "sigmoid",
+    sums: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
     """y = input * gate(W2 activation(W1 mean(input) + b1) + b2), the mean over height and width, as one kernel.
@@ -84,6 +86,9 @@ def squeeze_excite2d(
         expand_bias: b2, [C], or None.
         activation: what is between the products; leaky_relu has a slope of 0.01.
         gate: "sigmoid" or "hardsigmoid".
+        sums: those of the input over height and width, [N,C], float64 for a float64 input, else float32, where what
+            made the input took them already (`ds_conv2d(..., pool=True)`): the input is then read once. They are taken
+            as they are, without a gradient of their own: that by way of the mean goes to the input all the same.
         backend: "auto" or a backend's name.
 
     Returns:
@@ -110,9 +115,24 @@ def squeeze_excite2d(
         check.check_vector(op, "reduce_bias", reduce_bias, between, kind)
     if expand_bias is not None:
         check.check_vector(op, "expand_bias", expand_bias, input.shape[1], kind)
+    if sums is not None:
+        _check_sums(op, sums, input)
     call = backends.Call("se", op, input, reduce_weight, expand_weight, geometry, tuple(input.shape))
     taken = backends.choose(call, backend)
     tensors = (input, reduce_weight, reduce_bias, expand_weight, expand_bias)
     if taken == "reference":
         return _reference(input, Excitation(*tensors[1:], *geometry[1:]), geometry[0])
-    return run_kernels(_se.SqueezeExcite2dFunction, _se.KERNELS, taken, tensors, geometry)
+    return run_kernels(_se.SqueezeExcite2dFunction, _se.KERNELS, taken, (*tensors, sums), geometry)
+
+
+def _check_sums(op: str, sums: Tensor, input: Tensor) -> None:
+    """Sums over the pixels of each image that somebody took before."""
+    if not isinstance(sums, Tensor):
+        raise TypeError(f"{op}: sums must be a tensor [N,C] or None; got {type(sums).__name__}")
+    dtype = sums_dtype(input)
+    if sums.dtype != dtype or sums.device != input.device:
+        raise TypeError(f"{op}: sums must be {dtype} on {input.device}; got {sums.dtype} on {sums.device}")
+    if sums.shape != input.shape[:2]:
+        raise ValueError(f"{op}: sums must be {check.shape_text(input.shape[:2])}; got {check.shape_text(sums.shape)}")
+    if sums.requires_grad:
+        raise ValueError(f"{op}: sums must not require a gradient; detach them")

@@ -84,6 +84,11 @@ def fake_output(input: Tensor, shape: Sequence[int], geometry: list[int]) -> Ten
     )
 
 
+def sums_dtype(input: Tensor) -> torch.dtype:
+    """Of statistics and sums over a map's pixels."""
+    return torch.float64 if input.dtype == torch.float64 else torch.float32
+
+
 def fake_gradients(tensors: Sequence[Tensor | None], images: int, geometry: list[int], mask: int) -> list[Tensor]:
     """Empty gradients of the tensors in `mask`; the ones at the bits of `images` are laid out by the geometry."""
     gradients = []
@@ -103,10 +108,12 @@ def fake_gradients(tensors: Sequence[Tensor | None], images: int, geometry: list
 
 def triton_kernels(room: str, forward: str, backward: str, module: str = "triton") -> Kernels:
     """Registers the Triton twins of two operators, functions of `effops.ops.<room>.<module>`, and returns them."""
-    return Kernels(*(_register_triton(f"effops.ops.{room}.{module}", name) for name in (forward, backward)))
+    return Kernels(*(triton_operator(room, name, module) for name in (forward, backward)))
 
 
-def _register_triton(module: str, name: str) -> Callable:
+def triton_operator(room: str, name: str, module: str = "triton") -> Callable:
+    """One of them alone."""
+    module = f"effops.ops.{room}.{module}"
     launcher: Callable | None = None
 
     def run(*args: Any) -> Any:

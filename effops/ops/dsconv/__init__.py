@@ -18,7 +18,9 @@ from effops.ops.registration import (
     kernels_of,
     packets,
     register_fake,
+    sums_dtype,
     triton_kernels,
+    triton_operator,
 )
 
 _ops = torch.ops.effops
@@ -28,6 +30,12 @@ KERNELS = {
     "triton": triton_kernels("dsconv", "dsconv_fwd", "dsconv_bwd"),
     "cuda": cuda_kernels("dsconv_fwd", "dsconv_bwd"),
     "cpp": Kernels(_ops.dsconv_fwd.default, _ops.dsconv_bwd.default),
+}
+# One without an entry here takes the sums of its result in a pass of their own (functional/dsconv.py). The sums are not
+# differentiated: backward is the convolution's.
+POOL_KERNELS = {
+    "triton": Kernels(triton_operator("dsconv", "dsconv_pool_fwd"), KERNELS["triton"].backward),
+    "cpp": Kernels(_ops.dsconv_pool_fwd.default, KERNELS["cpp"].backward),
 }
 # One without an entry here gets the norm as an operator of torch behind its convolution (functional/dsconv.py).
 NORM_KERNELS = {"cpp": Kernels(_ops.dsconv_norm_fwd.default, _ops.dsconv_norm_bwd.default)}
@@ -45,6 +53,18 @@ def _dsconv_fwd(
     n, _, h, w = input.shape
     p, q = G.output_size(h, w, dw_weight.shape[2], dw_weight.shape[3], geometry)
     return fake_output(input, (n, geometry[G.KEEP] + pw_weight.shape[0], p, q), geometry)
+
+
+@register_fake("dsconv_pool_fwd")
+def _dsconv_pool_fwd(
+    input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+    pw_weight, bias, scale, shift, residual, geometry, slopes,
+):  # fmt: skip
+    n, _, h, w = input.shape
+    p, q = G.output_size(h, w, dw_weight.shape[2], dw_weight.shape[3], geometry)
+    channels = pw_weight.shape[0]
+    sums = torch.empty((n, channels), dtype=sums_dtype(input), device=input.device)
+    return fake_output(input, (n, geometry[G.KEEP] + channels, p, q), geometry), sums
 
 
 @register_fake("dsconv_bwd")
@@ -67,8 +87,7 @@ def _dsconv_norm_fwd(
     n, _, h, w = input.shape
     p, q = G.output_size(h, w, dw_weight.shape[2], dw_weight.shape[3], geometry)
     channels = pw_weight.shape[0]
-    dtype = torch.float64 if input.dtype == torch.float64 else torch.float32
-    mean = torch.empty(channels, dtype=dtype, device=input.device)
+    mean = torch.empty(channels, dtype=sums_dtype(input), device=input.device)
     return (
         fake_output(input, (n, geometry[G.KEEP] + channels, p, q), geometry),
         fake_output(input, (n, channels, p, q), geometry),
@@ -89,12 +108,14 @@ def _dsconv_norm_bwd(
     return fake_gradients(tensors, _IMAGES, geometry, mask)
 
 
-@register_flop_formula(packets("dsconv_fwd", "dsconv_norm_fwd"))
+@register_flop_formula(packets("dsconv_fwd", "dsconv_norm_fwd", "dsconv_pool_fwd"))
 def _dsconv_fwd_flops(
     input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
     pw_weight, bias, scale, shift, residual, geometry, slopes, eps=None, *, out_shape,
 ):  # fmt: skip
-    n, _, p, q = out_shape if eps is None else out_shape[0]  # with a norm there are the statistics beside the output
+    n, _, p, q = (
+        out_shape[0] if isinstance(out_shape[0], tuple | list | torch.Size) else out_shape
+    )  # the first of several
     return depthwise_flops(input, dw_weight, geometry) + 2 * n * pw_weight[0] * pw_weight[1] * p * q
 
 
@@ -140,33 +161,82 @@ class DSConv2dFunction(KernelFunction):
             input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
             pw_weight, bias, scale, shift, residual, geometry, slopes,
         )  # fmt: skip
-        post = geometry[G.PW_POST_ACTIVATION]
-        saved = None
-        if output_gives_gradient(geometry[G.PW_ACTIVATION], slopes[1], post, scale, shift, residual):
-            saved = output
-        # Without a post-activation the residual's gradient is the output's: it takes neither the residual nor a kernel.
-        ctx.save_for_backward(
+        tensors = (
             input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
-            pw_weight, bias, scale, shift, residual if post else None, saved,
+            pw_weight, bias, scale, shift, residual,
         )  # fmt: skip
-        ctx.static = (geometry, slopes, kernels)
+        _save(ctx, tensors, output, geometry, slopes, kernels)
         return output
 
     @staticmethod
     def backward(ctx, grad_output):
-        *tensors, output = ctx.saved_tensors
-        geometry, slopes, kernels = ctx.static
-        needs = list(ctx.needs_input_grad[:12])
-        pass_residual = needs[_RESIDUAL] and not geometry[G.PW_POST_ACTIVATION]
-        if pass_residual:
-            needs[_RESIDUAL] = False
-        if torch.is_grad_enabled():
-            gradients = reference_gradients(_reference(geometry, slopes), tensors, needs, (grad_output,))
-        else:
-            gradients = kernel_gradients(kernels.backward, (grad_output, output), tensors, (geometry, slopes), needs)
-        if pass_residual:
-            gradients[_RESIDUAL] = grad_output[:, geometry[G.KEEP] :]
-        return (*gradients, None, None, None)
+        return _gradients(ctx, grad_output)
+
+
+def _save(ctx, tensors, output, geometry, slopes, kernels) -> None:
+    """Keeps what `_gradients` wants."""
+    *others, scale, shift, residual = tensors
+    post = geometry[G.PW_POST_ACTIVATION]
+    saved = None
+    if output_gives_gradient(geometry[G.PW_ACTIVATION], slopes[1], post, scale, shift, residual):
+        saved = output
+    # Without a post-activation the residual's gradient is the output's: it takes neither the residual nor a kernel.
+    ctx.save_for_backward(*others, scale, shift, residual if post else None, saved)
+    ctx.static = (geometry, slopes, kernels)
+
+
+def _gradients(ctx, grad_output) -> tuple[torch.Tensor | None, ...]:
+    """Of all the arguments of `apply`."""
+    *tensors, output = ctx.saved_tensors
+    geometry, slopes, kernels = ctx.static
+    needs = list(ctx.needs_input_grad[:12])
+    pass_residual = needs[_RESIDUAL] and not geometry[G.PW_POST_ACTIVATION]
+    if pass_residual:
+        needs[_RESIDUAL] = False
+    if torch.is_grad_enabled():
+        gradients = reference_gradients(_reference(geometry, slopes), tensors, needs, (grad_output,))
+    else:
+        gradients = kernel_gradients(kernels.backward, (grad_output, output), tensors, (geometry, slopes), needs)
+    if pass_residual:
+        gradients[_RESIDUAL] = grad_output[:, geometry[G.KEEP] :]
+    return (*gradients, None, None, None)
+
+
+class DSConvPool2dFunction(KernelFunction):
+    """`DSConv2dFunction` that also returns the sums of its K pointwise channels over each image.
+
+    Call it as `DSConvPool2dFunction.apply(...)` with the same arguments. It checks nothing:
+    `effops.functional.ds_conv2d(..., pool=True)` is the checked door to it.
+
+    Returns:
+        [N,keep+K,P,Q]; sums [N,K], float64 for a float64 input, else float32, which are not differentiable (they are
+        there for the squeeze-excite that reads the output, whose gradient is the output's).
+
+    Raises:
+        RuntimeError: under functorch transforms or forward-mode AD.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, scale, shift, residual, geometry, slopes, backend="cpp",
+    ):  # fmt: skip
+        kernels = kernels_of(POOL_KERNELS, backend, "DSConvPool2dFunction")
+        output, sums = kernels.forward(
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, bias, scale, shift, residual, geometry, slopes,
+        )  # fmt: skip
+        tensors = (
+            input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+            pw_weight, bias, scale, shift, residual,
+        )  # fmt: skip
+        _save(ctx, tensors, output, geometry, slopes, kernels)
+        ctx.mark_non_differentiable(sums)
+        return output, sums
+
+    @staticmethod
+    def backward(ctx, grad_output, _grad_sums):
+        return _gradients(ctx, grad_output)
 
 
 class DSConvNorm2dFunction(KernelFunction):

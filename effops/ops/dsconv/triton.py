@@ -17,6 +17,7 @@ forward      one program: BLOCK_M pixels, pixels numbered through the batch, x B
              strip_pixels_of) read 1.56 times their size from L2, rows of 64 pixels on a 56-wide map 2.8 times.
              Blocks of output channels of the same pixels run side by side; each computes z anew.
 
+pooled       the same for a squeeze-excite behind it: tiles of one image each, whose sums stand beside the output
 output       the same tiles; the gradient at the pointwise sums instead of the epilogue: g once (and the saved output,
 gradient     or x to compute the sums anew), du once. No kernel where the epilogue is linear without scale: du is g.
 z's          BLOCK_M pixels x BLOCK_C channels; sums over k of du * matrix, K blocks prefetched to shared memory by
@@ -229,6 +230,38 @@ def _forward_kernel(
     if residual.data is not None:
         added = load_tile(residual, n, p, q, k, mask, VEC.K)
     store_tile(y, n, p, q, k, epilogue(acc, affine, added, k, live, CHAIN), mask, VEC.K)
+
+
+@triton.jit
+def _pooled_kernel(
+    x, bank, dw_affine, dw_residual, passed, pw, affine, residual, y, kept, pooled, sizes,
+    WINDOW: tl.constexpr, DW_CHAIN: tl.constexpr, CHAIN: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    STRIP: tl.constexpr, VEC: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """The same with pixels of one image to a tile, whose sums, of what is stored, go to pooled[its tile, n, k]."""
+    k_blocks = tl.cdiv(pw.K, BLOCK_K)
+    k_block = tl.program_id(0) % k_blocks
+    an_image = tl.cdiv(sizes.P * sizes.Q, BLOCK_M)
+    tile = tl.program_id(0) // k_blocks % an_image
+    image = tl.program_id(0) // k_blocks // an_image
+    i = block_of(tile, BLOCK_M, WIDE)
+    inside = i < sizes.P * sizes.Q
+    n, p, q = strip_pixels_of(image.to(i.dtype) * (sizes.P * sizes.Q) + i, sizes, STRIP)
+    k, live = channels_of(k_block, pw.K, BLOCK_K, WIDE, VEC.K)
+    keeping = tl.where(k_block == 0, inside, False)
+    acc = _pointwise_sums(
+        x, bank, dw_affine, dw_residual, passed, None, pw, kept, keeping, n, p, q, inside, k, sizes,
+        WINDOW, DW_CHAIN, PRECISION, WIDE, VEC, BLOCK_C,
+    )  # fmt: skip
+    mask = inside[:, None] & live[None, :]
+    added = None
+    if residual.data is not None:
+        added = load_tile(residual, n, p, q, k, mask, VEC.K)
+    result = epilogue(acc, affine, added, k, live, CHAIN).to(y.data.dtype.element_ty)
+    store_tile(y, n, p, q, k, result, mask, VEC.K)
+    sums = tl.sum(tl.where(mask, result.to(acc.dtype), 0.0), 0)
+    images = sizes.M // (sizes.P * sizes.Q)
+    store_vector(pooled, tile, images * pw.K, image * pw.K + k, live, sums)
 
 
 # ---- backward -------------------------------------------------------------------------------------------------------
@@ -533,6 +566,33 @@ def dsconv_fwd(
         pw_weight, bias, scale, shift, residual,
     )  # fmt: skip
     return forward_of(layer_of(tensors, geometry, slopes), None)
+
+
+def dsconv_pool_fwd(
+    input: Tensor, passthrough: Tensor | None, dw_weight: Tensor, dw_bias: Tensor | None, dw_scale: Tensor | None,
+    dw_shift: Tensor | None, dw_residual: Tensor | None, pw_weight: Tensor, bias: Tensor | None, scale: Tensor | None,
+    shift: Tensor | None, residual: Tensor | None, geometry: list[int], slopes: list[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The operator `dsconv_pool_fwd` of schemas.inc."""
+    tensors = (
+        input, passthrough, dw_weight, dw_bias, dw_scale, dw_shift, dw_residual,
+        pw_weight, bias, scale, shift, residual,
+    )  # fmt: skip
+    layer = layer_of(tensors, geometry, slopes)
+    output = layer.map_of(layer.keep + layer.K)
+    y = output[:, layer.keep :]
+    vectors = vectors_of(layer, (), (layer.residual, y), output)
+    sizes, images = layer.sizes, input.shape[0]
+    config = pointwise_config("forward", input, sizes.M, layer.deepest, layer.K, vectors.C, plain=False)
+    tiles = triton.cdiv(sizes.P * sizes.Q, config.BLOCK_M)
+    pooled = partials(input, tiles, 1, images * layer.K)
+    L.launch(
+        _pooled_kernel, images * tiles * triton.cdiv(layer.K, config.BLOCK_K), input,
+        *_depthwise_operands(layer), layer.affine, L.as_map(layer.residual), L.as_map(y), _kept(output, layer), pooled,
+        sizes, CHAIN=pointwise_chain(layer), VEC=vectors,
+        **constants_of(layer, (output,), config.BLOCK_M), **config._asdict(),
+    )  # fmt: skip
+    return output, sum_partials(pooled, torch.empty((images, layer.K), dtype=pooled.dtype, device=input.device))
 
 
 # Places of the operator's tensors, and so bits of the gradient mask.

@@ -258,7 +258,7 @@ def _excited_gradients(
 ) -> list[Tensor | None]:
     """The same with a squeeze-excite."""
     z = dwconv_fwd(expanded, *block.dw)
-    gated = se_fwd(z, *block.excitation, block.se_geometry)
+    gated = se_fwd(z, *block.excitation, None, block.se_geometry)
     before = ahead or any(wants[5:9])
     wanted = [before or any(wants[9:13]), *wants[13:]]
     behind, *of_projection = pointwise_backward(grad, gated, block.project, block.last, wanted, block.residual)

@@ -38,7 +38,7 @@ def _formatted(geometry: list[int]) -> list[int]:
 
 
 @register_fake("se_fwd")
-def _se_fwd(input, reduce_weight, reduce_bias, expand_weight, expand_bias, geometry):
+def _se_fwd(input, reduce_weight, reduce_bias, expand_weight, expand_bias, sums, geometry):
     return torch.empty(
         input.shape,
         dtype=input.dtype,
@@ -54,20 +54,22 @@ def _se_bwd(grad_output, input, reduce_weight, reduce_bias, expand_weight, expan
 
 
 @register_flop_formula(packets("se_fwd"))
-def _se_fwd_flops(input, reduce_weight, reduce_bias, expand_weight, expand_bias, geometry, *, out_shape):
+def _se_fwd_flops(input, reduce_weight, reduce_bias, expand_weight, expand_bias, sums, geometry, *, out_shape):
     return 4 * input[0] * reduce_weight[0] * reduce_weight[1]  # the two products, as for convolutions
 
 
 class SqueezeExcite2dFunction(KernelFunction):
     """y = input * gate(W2 activation(W1 mean(input) + b1) + b2), mean over H and W.
 
-    Call it as `SqueezeExcite2dFunction.apply(input, reduce_weight, reduce_bias, expand_weight, expand_bias, geometry,
-    backend)`. It checks nothing: `effops.functional.squeeze_excite2d` is the checked door to it.
+    Call it as `SqueezeExcite2dFunction.apply(input, reduce_weight, reduce_bias, expand_weight, expand_bias, sums,
+    geometry, backend)`. It checks nothing: `effops.functional.squeeze_excite2d` is the checked door to it.
 
     Args:
         input: [N,C,H,W].
         reduce_weight, reduce_bias: W1 [Cr,C,1,1], b1 [Cr] or None.
         expand_weight, expand_bias: W2 [C,Cr,1,1], b2 [C] or None.
+        sums: those of the input over H and W, [N,C] in at least float32, where its producer took them, or None; a
+            value that is known already, not differentiated: the gradient by way of the means goes to the input.
         geometry: the 3 ints of `effops/schemas.inc`.
         backend: name of the backend whose kernels run, forward and backward ("triton", "cuda", "cpp").
 
@@ -82,12 +84,12 @@ class SqueezeExcite2dFunction(KernelFunction):
     """
 
     @staticmethod
-    def forward(ctx, input, reduce_weight, reduce_bias, expand_weight, expand_bias, geometry, backend="cpp"):
+    def forward(ctx, input, reduce_weight, reduce_bias, expand_weight, expand_bias, sums, geometry, backend="cpp"):
         kernels = kernels_of(KERNELS, backend, "SqueezeExcite2dFunction")
         tensors = (input, reduce_weight, reduce_bias, expand_weight, expand_bias)
         ctx.save_for_backward(*tensors)
         ctx.static = (geometry, kernels)
-        return kernels.forward(*tensors, geometry)
+        return kernels.forward(*tensors, sums, geometry)
 
     @staticmethod
     def backward(ctx, grad_output):
@@ -98,7 +100,7 @@ class SqueezeExcite2dFunction(KernelFunction):
             gradients = reference_gradients(_reference(geometry), tensors, needs, (grad_output,))
         else:
             gradients = kernel_gradients(kernels.backward, (grad_output,), tensors, (geometry,), needs)
-        return (*gradients, None, None)
+        return (*gradients, None, None, None)
 
 
 def _reference(geometry):

@@ -489,10 +489,11 @@ def _gradients(
 
 def se_fwd(
     input: Tensor, reduce_weight: Tensor, reduce_bias: Tensor | None, expand_weight: Tensor,
-    expand_bias: Tensor | None, geometry: list[int],
+    expand_bias: Tensor | None, sums: Tensor | None, geometry: list[int],
 ) -> Tensor:  # fmt: skip
     """The operator `se_fwd` of schemas.inc."""
-    sums, _ = pixel_sums(input)
+    if sums is None:
+        sums, _ = pixel_sums(input)
     gates = excitation(
         sums, input.shape[2] * input.shape[3], reduce_weight, reduce_bias, expand_weight, expand_bias,
         geometry[ACTIVATION], geometry[GATE],
