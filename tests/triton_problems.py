@@ -193,7 +193,7 @@ def _problems() -> Iterator[Problem]:
     lists = (
         (("dwconv_fwd", "dwconv_bwd"), DW_CASES),
         (("dwconv_stats", "dwconv_stats_bwd"), STATS_CASES),
-        (("dsconv_fwd", "dsconv_bwd"), DS_CASES),
+        (("dsconv_fwd", "dsconv_pool_fwd", "dsconv_bwd"), DS_CASES),
     )
     for ops, cases in lists:
         for case, bank in cases:

@@ -322,13 +322,17 @@ class DepthwiseRow {
         for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
           block<decltype(whole)::value, S, Stride, Block, false>(out, s, c, at, x);
         });
-      } else if (x > -S && x + span < g_.W + S) {
-        for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
-          block<decltype(whole)::value, S, Stride, Block, true>(out, s, c, at, x);
-        });
-      } else {
-        for (index_t j = at; j < at + Block; ++j) pixel(out, s, j);
+        continue;
       }
+      if constexpr (S > 1) {  // a row of one tap is inside or it is not
+        if (x > -S && x + span < g_.W + S) {
+          for_each_register<C>(channels_, [&](index_t c, auto whole) __attribute__((always_inline)) {
+            block<decltype(whole)::value, S, Stride, Block, true>(out, s, c, at, x);
+          });
+          continue;
+        }
+      }
+      for (index_t j = at; j < at + Block; ++j) pixel(out, s, j);
     }
   }
 
@@ -351,7 +355,7 @@ class DepthwiseRow {
 #pragma GCC unroll 32
       for (int k = 0; k < kPixels; ++k) {
         const T* at = x;
-        if (Border && (k < S - 1 || k > kPixels - S || Stride == 0))
+        if (Border && (k < S - 1 || k > kPixels - S))
           at = static_cast<std::size_t>(x0 + k * apart) < static_cast<std::size_t>(width) ? at : zero;
         vec<C> value = load_lanes<Full>(at, channels_ - c);
         keep_vector(value);

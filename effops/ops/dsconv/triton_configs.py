@@ -114,6 +114,7 @@ def configs() -> dict[str, list[dict[str, Any]]]:
     over_k = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps} for m, k, warps in sorted(backward)]
     return {
         "_forward_kernel": pointwise_configs("forward"),
+        "_pooled_kernel": pointwise_configs("forward"),
         "_output_gradient_kernel": pointwise_configs("output_gradient"),
         # The same tiles; no problem of the check has so few pixels beside passed channels as the smallest needs.
         "_passed_gradient_kernel": [{"BLOCK_K": k} for k in sorted({k for _, k, _ in backward})],
