@@ -259,7 +259,7 @@ def _pooled_kernel(
         added = load_tile(residual, n, p, q, k, mask, VEC.K)
     result = epilogue(acc, affine, added, k, live, CHAIN).to(y.data.dtype.element_ty)
     store_tile(y, n, p, q, k, result, mask, VEC.K)
-    sums = tl.sum(tl.where(mask, result.to(acc.dtype), 0.0), 0)
+    sums = tl.sum(tl.where(inside[:, None], result.to(acc.dtype), 0.0), 0)  # those of no channel are not stored
     images = sizes.M // (sizes.P * sizes.Q)
     store_vector(pooled, tile, images * pw.K, image * pw.K + k, live, sums)
 
@@ -583,7 +583,7 @@ def dsconv_pool_fwd(
     y = output[:, layer.keep :]
     vectors = vectors_of(layer, (), (layer.residual, y), output)
     sizes, images = layer.sizes, input.shape[0]
-    config = pointwise_config("forward", input, sizes.M, layer.deepest, layer.K, vectors.C, plain=False)
+    config = pointwise_config("pooled", input, sizes.M, layer.deepest, layer.K, vectors.C, plain=False)
     tiles = triton.cdiv(sizes.P * sizes.Q, config.BLOCK_M)
     pooled = partials(input, tiles, 1, images * layer.K)
     L.launch(

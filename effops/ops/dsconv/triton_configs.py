@@ -80,7 +80,10 @@ _OUTPUT_GRADIENT = {
 # Several windows' code behind one another keeps more addresses beside the widest tile's sums than there is room for.
 _PARTS = _FORWARD | {"ieee": {tile: rest for tile, rest in _FORWARD["ieee"].items() if tile != (64, 128)}}
 
-_POINTWISE = {"forward": _FORWARD, "parts": _PARTS, "output_gradient": _OUTPUT_GRADIENT}
+# The sums that stand beside the output, and their mask: too much beside 32 rows of doubles.
+_POOLED = _FORWARD | {"double": {tile: rest for tile, rest in _FORWARD["double"].items() if tile[0] == 16}}
+
+_POINTWISE = {"forward": _FORWARD, "pooled": _POOLED, "parts": _PARTS, "output_gradient": _OUTPUT_GRADIENT}
 
 # BLOCK_M: (BLOCK_C, BLOCK_K, warps, stages) of the kernels that sum over k, in order of preference. The loop over k has
 # nothing but loads and a dot, so it is pipelined: three stages of (64 + 64) x 64 halves are 48 KB, of 227 a processor.
@@ -114,7 +117,7 @@ def configs() -> dict[str, list[dict[str, Any]]]:
     over_k = [{"BLOCK_M": m, "BLOCK_K": k, "num_warps": warps} for m, k, warps in sorted(backward)]
     return {
         "_forward_kernel": pointwise_configs("forward"),
-        "_pooled_kernel": pointwise_configs("forward"),
+        "_pooled_kernel": pointwise_configs("pooled"),
         "_output_gradient_kernel": pointwise_configs("output_gradient"),
         # The same tiles; no problem of the check has so few pixels beside passed channels as the smallest needs.
         "_passed_gradient_kernel": [{"BLOCK_K": k} for k in sorted({k for _, k, _ in backward})],
@@ -134,7 +137,7 @@ def pointwise_config(kernel: str, x: Tensor, pixels: int, channels: int, k: int,
     """The widest tile of the table that gives every processor a program, pixels given up before channels.
 
     Args:
-        kernel: "forward", the same of several windows, "parts", or "output_gradient".
+        kernel: "forward", the same with its sums, "pooled", or of several windows, "parts"; or "output_gradient".
         x: the input.
         pixels: of the output.
         channels: of z's larger part, depthwise or passed.
