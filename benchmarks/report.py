@@ -404,7 +404,7 @@ def _training_table(kind: str, what: str) -> Callable[[dict], str]:
 
 
 def _training_rows(pairs: list[tuple[dict, tuple[str, dict], dict, dict | None]], what: str) -> str:
-    rows = []
+    rows, with_peaks = [], _have_peaks(pairs)
     for row, (_, own), eager, any_eager in pairs:
         saved = 1 - own["saved_bytes"] / eager["saved_bytes"]
         rows.append(
@@ -419,6 +419,7 @@ def _training_rows(pairs: list[tuple[dict, tuple[str, dict], dict, dict | None]]
                 f"{own['saved_bytes'] / 1e6:.2f}",
                 f"{eager['saved_bytes'] / 1e6:.2f}",
                 percent(saved),
+                *([f"{side['peak_bytes'] / 1e6:.1f}" for side in (own, eager)] if with_peaks else []),
             ]
         )
     header = [
@@ -430,7 +431,13 @@ def _training_rows(pairs: list[tuple[dict, tuple[str, dict], dict, dict | None]]
         "ratio",
         "ratio to the best eager",
     ]
-    return table(header + ["saved by effops, MB", "saved by eager, MB", "fewer bytes"], rows)
+    header += ["saved by effops, MB", "saved by eager, MB", "fewer bytes"]
+    return table(header + (["peak of effops, MB", "peak of eager, MB"] if with_peaks else []), rows)
+
+
+def _have_peaks(pairs: list[tuple[dict, tuple[str, dict], dict, dict | None]]) -> bool:
+    """Whether the peak memory was measured."""
+    return all("peak_bytes" in side for _, (_, own), eager, _ in pairs for side in (own, eager))
 
 
 def _overhead_table(result: dict) -> str:
@@ -510,6 +517,8 @@ def _module_training_targets(result: dict) -> list[list[str]]:
     met = sum(ratio >= MODULE_TRAINING_GOAL for ratio in ratios)
     fewer = sum(own["saved_bytes"] < eager["saved_bytes"] for _, (_, own), eager, _ in pairs)
     capped = geomean(min(ratio / MODULE_TRAINING_GOAL, 1) for ratio in ratios)
+    less = sum(own["peak_bytes"] < eager["peak_bytes"] for _, (_, own), eager, _ in pairs) if _have_peaks(pairs) else 0
+    peaks = ["modules: less peak memory", f"{less} of {len(pairs)}", yes(less == len(pairs))]
     return [
         [
             f"modules forward + backward against eager channels_last: {MODULE_TRAINING_GOAL}x each",
@@ -518,6 +527,7 @@ def _module_training_targets(result: dict) -> list[list[str]]:
             yes(met == len(ratios)),
         ],
         ["modules: fewer bytes saved for backward", f"{fewer} of {len(pairs)}", yes(fewer == len(pairs))],
+        *([peaks] if _have_peaks(pairs) else []),
     ]
 
 

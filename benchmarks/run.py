@@ -137,7 +137,7 @@ class Job:
             elif "error" not in known:
                 medians = [*known["medians_us"], result["median_us"]]
                 best = result if result["median_us"] < known["median_us"] else known
-                self.sides[name] = best | {"medians_us": medians}
+                self.sides[name] = known | best | {"medians_us": medians}  # what only the first process measured stays
 
     def row(self) -> dict:
         return {**self.facts, "threads": self.threads, "sides": dict(sorted(self.sides.items()))}

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from benchmarks import gate
+from benchmarks import gate, peak_memory
 from benchmarks.networks import in_place
 from benchmarks.problems import FORMATS, depthwise64, pointwise64
 
@@ -165,6 +165,7 @@ class ModuleTraining:
     def __init__(self, name: str, batch: int, device: torch.device | str = "cpu") -> None:
         from effops import modules, stock
 
+        self.name = name
         trained = MODULES[name]
         torch.manual_seed(0)
         own, stock_twin = trained.make(modules), in_place(trained.make(stock))
@@ -215,6 +216,10 @@ class ModuleTraining:
         module = self._module(peer, variant)
         x = self._x.contiguous(memory_format=FORMATS[variant]).requires_grad_()
         return saved_bytes(lambda: module(x), [*module.parameters(), *module.buffers()])
+
+    def peak_bytes(self, peer: str, variant: str) -> int:
+        """How far the memory of a process rises during the step."""
+        return peak_memory.of_module(self.name, self._x.shape[0], peer, variant)
 
 
 def _step(module: nn.Module, x: torch.Tensor, grad: torch.Tensor, wrap: Wrap) -> Callable[[], tuple[torch.Tensor, ...]]:

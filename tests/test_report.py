@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import report, run  # noqa: E402 (the benchmarks are no part of the installed package)
+from benchmarks import peak_memory, report, run  # noqa: E402 (the benchmarks are no part of the installed package)
 
 DOCUMENT = "# Title\n\n<!-- bench:begin {0} -->\nold words\n<!-- bench:end {0} -->\n\nThe end.\n"
 
@@ -213,6 +214,36 @@ def test_training_compares_with_eager_channels_last_and_counts_bytes():
     assert "| chain of four blocks: 40 % fewer bytes saved for backward | least 50 % | yes |" in report.BLOCKS[
         "targets"
     ]([result("training", [row])])
+
+
+@pytest.mark.parametrize(
+    "peaks", [(), (3_000_000, 9_000_000), (9_000_000, 9_000_000)], ids=("unknown", "less", "equal")
+)
+def test_module_training_shows_peak_memory_where_it_was_measured(peaks):
+    own, eager = [{"peak_bytes": peak} for peak in peaks] or [{}, {}]
+    sides = {
+        "effops/channels_last": side(1000.0, saved_bytes=5_000_000, **own),
+        "eager/channels_last": side(2000.0, saved_bytes=10_000_000, **eager),
+    }
+    row = {"kind": "module-training", "case": "a", "batch": 16, "threads": 1, "dtype": "float32", "sides": sides}
+    table = report.BLOCKS["module-training"]([result("training", [row])])
+    targets = report.BLOCKS["targets"]([result("training", [row])])
+    assert ("| 3.0 | 9.0 |" in table) == (peaks[:1] == (3_000_000,))
+    assert ("peak of effops, MB" in table) == ("modules: less peak memory" in targets) == bool(peaks)
+    assert ("| modules: less peak memory | 1 of 1 | yes |" in targets) == (peaks[:1] == (3_000_000,))
+
+
+def test_peak_memory_sees_what_a_step_holds_for_a_while():
+    """In a process with the allocator that the measurement takes."""
+    code = (
+        "import torch; from benchmarks.peak_memory import rise\n"
+        "def step():\n    for _ in range(3): torch.ones(4_000_000)\n"
+        "step(); print(rise(step), rise(lambda: None))"
+    )
+    env = os.environ | peak_memory.ALLOCATOR
+    done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
+    held, nothing = map(int, done.stdout.split())
+    assert 16_000_000 <= held < 20_000_000 and nothing < 1_000_000
 
 
 def test_models_and_dwconv_tables():

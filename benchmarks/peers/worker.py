@@ -72,6 +72,8 @@ def answer(peer: str, module, request: dict, effort: timing.Effort) -> dict:
                 result["gate"] = checked
             if hasattr(problem, "saved_bytes"):
                 result["saved_bytes"] = problem.saved_bytes(peer, variant)
+            if hasattr(problem, "peak_bytes") and request.get("first", True):  # the same in every process
+                result["peak_bytes"] = problem.peak_bytes(peer, variant)
             sides[variant] = result
         except StopIteration:
             return {"sides": sides} | ({"macs": problem.macs()} if request["kind"] == "model" else {})

@@ -81,7 +81,7 @@ _OUTPUT_GRADIENT = {
 _PARTS = _FORWARD | {"ieee": {tile: rest for tile, rest in _FORWARD["ieee"].items() if tile != (64, 128)}}
 
 # The sums that stand beside the output, and their mask: too much beside 32 rows of doubles.
-_POOLED = _FORWARD | {"double": {tile: rest for tile, rest in _FORWARD["double"].items() if tile[0] == 16}}
+_POOLED = _FORWARD | {"double": {(16, 64): (16, 8), (16, 32): (16, 4)}}
 
 _POINTWISE = {"forward": _FORWARD, "pooled": _POOLED, "parts": _PARTS, "output_gradient": _OUTPUT_GRADIENT}
 
