@@ -1,0 +1,13 @@
+"""The networks of "Rethinking Depthwise Separable Convolutions: How Intra-Kernel Correlations Lead to Improved
+MobileNets" (Haase and Amthor, CVPR 2020, arXiv 2003.13549): blueprint separable convolutions (BSConv).
+
+    layers.py       what they share: the drop-in rule, the base class, the keys of the authors' package
+    resnet.py       ResNets and WideResNets for CIFAR, ResNets for ImageNet (Table 2, Figure 6)
+
+Importing this package registers them. A name without a suffix is the standard network; `_bsconvu` is the unconstrained
+variant (section 3.2), `_bsconvs` the subspace variant (section 3.3), to be trained with `effops.orthonormal_loss`.
+"""
+
+from effops.models.bsconv import layers, resnet
+
+__all__ = ["layers", "resnet"]
