@@ -3,11 +3,14 @@ MobileNets" (Haase and Amthor, CVPR 2020, arXiv 2003.13549): blueprint separable
 
     layers.py       what they share: the drop-in rule, the base class, the keys of the authors' package
     resnet.py       ResNets and WideResNets for CIFAR, ResNets for ImageNet (Table 2, Figure 6)
+    vgg.py          VGG-16 (Table 4)
+    densenet.py     DenseNet-121 (Table 4)
+    xception.py     Xception (Table 4)
 
 Importing this package registers them. A name without a suffix is the standard network; `_bsconvu` is the unconstrained
-variant (section 3.2), `_bsconvs` the subspace variant (section 3.3), to be trained with `effops.orthonormal_loss`.
+variant (section 3.3.1), `_bsconvs` the subspace variant (section 3.3.2), to be trained with `effops.orthonormal_loss`.
 """
 
-from effops.models.bsconv import layers, resnet
+from effops.models.bsconv import densenet, layers, resnet, vgg, xception
 
-__all__ = ["layers", "resnet"]
+__all__ = ["densenet", "layers", "resnet", "vgg", "xception"]

@@ -19,13 +19,12 @@ FORMS = ("standard", "bsconvu", "bsconvs")
 # Kernels that the authors' drop-in rule replaces; 1x1 projections and 7x7 stems stay (`bsconv`'s BSConvU_Replacer).
 _REPLACED_KERNELS = (3, 5)
 
+Renames = Sequence[tuple[str, str]]
+
 
 def name_of(base: str, form: str) -> str:
     """The registry's name of a network in one of the forms: the standard one has no suffix."""
     return base if form == "standard" else f"{base}_{form}"
-
-
-Renames = Sequence[tuple[str, str]]
 
 
 def dense_conv(
@@ -63,7 +62,7 @@ class DropIn:
     Raises:
         ValueError: an unknown form, or p for a form that has none.
 
-    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), section 4.1.
+    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.3.1, 3.3.2 and 5.1.
     """
 
     def __init__(self, layers: ModuleType, form: str = "standard", p: float | None = None) -> None:

@@ -6,8 +6,8 @@
     resnet{10,18,26,34,68,102}          7x7 stem and max pool, stages of 64 to 512; units of two 3x3 convolutions in all
                                         of them, the deep ones included
 
-each also with `_bsconvu` or `_bsconvs` behind it. The units of ResNet-26, -68 and -102 are those of the authors' package;
-the paper does not print them.
+each also with `_bsconvu` or `_bsconvs` behind it. The paper does not print the units of ResNet-26, -68 and -102; they
+are those of the authors' package.
 """
 
 from __future__ import annotations

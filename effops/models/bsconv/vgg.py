@@ -1,0 +1,70 @@
+"""VGG-16 with batch norms (arXiv 1409.1556), standard and as the BSConv paper's Table 4 has it (`vgg16_bn_bsconvu`).
+
+The paper does not describe the head. Its "up to 8.5x less parameters" (section 5.3, 120 classes) fits an average pool
+and one linear layer (14,784,696 against 1,746,744: 8.46x) and excludes VGG's three linear layers (1.11x); so that is
+the head here. The convolutions have biases, as VGG's do; the blueprint's depthwise convolutions inherit them.
+
+The state-dict keys of `features` in the standard form are torchvision's.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from effops.models.bsconv.layers import BlueprintClassifier, DropIn, name_of
+from effops.models.classifier import activation_factory
+from effops.models.registry import register_model
+
+__all__ = ["VGG"]
+
+# Channels of the convolutions between two max pools: configuration D of the paper.
+_STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
+
+
+class VGG(BlueprintClassifier):
+    """VGG-16 with batch norms, an average pool and one linear layer.
+
+    Args:
+        layers: `effops.modules` or `effops.stock`.
+        form: as in `DropIn`.
+        num_classes: outputs of the classifier; 0 for none. Table 4 has 120 (Stanford Dogs).
+        in_channels: of the input image.
+        data_bn: as in `BlueprintClassifier`.
+
+    Shape:
+        [N, in_channels, H, W] -> [N, num_classes], H and W at least 32.
+    """
+
+    def __init__(
+        self,
+        layers: ModuleType,
+        form: str = "standard",
+        *,
+        num_classes: int = 1000,
+        in_channels: int = 3,
+        data_bn: bool = False,
+    ) -> None:
+        super().__init__(in_channels, data_bn)
+        conv, act = DropIn(layers, form), activation_factory(layers, "relu")
+        features: list[nn.Module] = []
+        channels = in_channels
+        for stage in _STAGES:
+            for after in stage:
+                features += [conv(channels, after, bias=True), nn.BatchNorm2d(after), act()]
+                channels = after
+            features.append(nn.MaxPool2d(2, 2))
+        self.features = nn.Sequential(*features)
+        self._add_classifier(channels, num_classes)
+
+
+def _register(form: str) -> None:
+    @register_model(name_of("vgg16_bn", form))
+    def build(layers: ModuleType, **kwargs: Any) -> VGG:
+        return VGG(layers, form, **kwargs)
+
+
+for _form in ("standard", "bsconvu"):
+    _register(_form)
