@@ -42,7 +42,7 @@ def picture(size: int = 64, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def test_every_model_is_counted_here() -> None:
+def test_every_model_is_listed() -> None:
     assert set(COUNTS) <= set(list_models())
     assert list_models("vgnetg_*") == sorted(name for name in COUNTS if name.startswith("vgnetg"))
     assert is_model("vgnetg_1_0mp") and not is_model("vgnetg_9_0mp")
@@ -64,7 +64,7 @@ def test_counts(name: str) -> None:
 _INTERPRETED = ("mobilenet_v2", "vgnetg_1_0mp")
 _TWINS = [
     name if name in _INTERPRETED else pytest.param(name, marks=pytest.mark.slow_interpreted("one network of a family"))
-    for name in list_models()
+    for name in COUNTS
 ]
 
 
@@ -121,7 +121,7 @@ def test_whole_networks_use_the_fused_functions() -> None:
         assert str(backends.explain(model, picture(32, 1))).count("+ 1x1") == count
 
 
-@pytest.mark.parametrize("name", list_models())
+@pytest.mark.parametrize("name", COUNTS)
 def test_timm_vocabulary(name: str) -> None:
     model = create_model(name, num_classes=7).eval()
     assert model.num_classes == 7
@@ -241,7 +241,7 @@ def test_unknown_names_list_close_ones() -> None:
     with pytest.raises(ValueError) as caught:
         create_model("vgnetg_10mp")
     assert str(caught.value).startswith("unknown model 'vgnetg_10mp'; close names: vgnetg_1_0mp, ")
-    with pytest.raises(ValueError, match="unknown model 'zzz'; known: mobilenet_v2, vgnetg_1_0mp"):
+    with pytest.raises(ValueError, match="unknown model 'zzz'; known: .*mobilenet_v2, .*vgnetg_1_0mp"):
         create_model("zzz")
     with pytest.raises(TypeError, match="create_model: name must be a string, got int"):
         create_model(3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 from typing import Any
 
 import pytest
@@ -51,6 +52,31 @@ TABLE_2 = {
     # 5,055,930 rounds to 5.1M; the print says 5.0M: cut off, not rounded.
     "wrn_40_3": ((10, 5_038_560, 734_956_264, "5.0M 735.0M"), (100, 5_055_930, 734_973_544, "5.1M 735.0M")),
     "wrn_40_8_bsconvu": ((10, 4_240_112, 671_583_968, "4.2M 671.6M"), (100, 4_286_282, 671_630_048, "4.3M 671.6M")),
+}
+
+# The README of the authors' package, CIFAR-100: millions of parameters, millions of FLOPs.
+README = {
+    "cifar_resnet20": ("0.28", "41.42"),
+    "cifar_resnet56": ("0.86", "127.39"),
+    "cifar_resnet110": ("1.74", "256.34"),
+    "cifar_resnet602": ("9.71", "1431.22"),
+    "cifar_resnet20_bsconvu": ("0.05", "7.86"),
+    "cifar_resnet56_bsconvu": ("0.13", "21.42"),
+    "cifar_resnet110_bsconvu": ("0.24", "41.77"),
+    "cifar_resnet302_bsconvu": ("0.67", "114.12"),
+    "cifar_resnet20_bsconvs": ("0.03", "5.66"),
+    "cifar_resnet56_bsconvs": ("0.08", "15.37"),
+    "cifar_resnet110_bsconvs": ("0.16", "29.93"),
+    "wrn_16_1": ("0.18", "27.07"),
+    "wrn_16_8": ("11.01", "1551.03"),
+    "wrn_16_2_bsconvu": ("0.11", "18.75"),
+    "wrn_16_4_bsconvs": ("0.24", "38.03"),
+    "wrn_28_2": ("1.48", "215.80"),
+    "wrn_28_3_bsconvu": ("0.44", "71.46"),
+    "wrn_28_1_bsconvs": ("0.04", "7.26"),
+    "wrn_40_3": ("5.06", "735.79"),
+    "wrn_40_8_bsconvu": ("4.29", "675.09"),
+    "wrn_40_2_bsconvs": ("0.18", "31.09"),
 }
 
 # The forms that have fused modules, at the smallest size of each family.
@@ -133,6 +159,13 @@ def test_table_2(name: str) -> None:
         assert counted == flops
         unit, scale = ("K", 1e3) if "resnet" in name else ("M", 1e6)
         assert f"{count / scale:.1f}{unit} {counted / 1e6:.1f}M" == printed
+
+
+@pytest.mark.parametrize("name", README)
+def test_the_authors_readme(name: str) -> None:
+    model = on_meta(name, num_classes=100)
+    counted = parameters(model), bsconv_readme_flops(model, (1, 3, 32, 32))
+    assert tuple(f"{count / 1e6:.2f}" for count in counted) == README[name]
 
 
 def test_table_2_fits_without_the_batch_norm_on_the_image() -> None:
@@ -229,6 +262,8 @@ def test_agrees_with_its_twin(name: str, backend: str) -> None:
 )
 def test_trains_like_its_twin(name: str, size: int, backend: str) -> None:
     """One step in float64: loss, gradients and running statistics."""
+    if (name, backend) == ("xception", "cuda") and not torch.cuda.is_available():
+        pytest.skip("CUDA kernels on the host take a minute for its 34 wide blocks")
     model, twin = create_model(name, num_classes=5).double(), create_model(name, num_classes=5, reference=True).double()
     twin.load_state_dict(model.state_dict())
     x, results = picture(size, 4).double(), []  # few values a channel would make batch norms chaotic
@@ -248,6 +283,18 @@ def test_trains_like_its_twin(name: str, size: int, backend: str) -> None:
         error = (actual - expected).norm()
         # A bias ahead of a batch norm has no gradient but rounding: hence the absolute part.
         assert error <= 1e-10 * expected.norm() + 1e-12, f"{key}: {error:.1e} against {expected.norm():.1e}"
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("cifar_resnet20_bsconvs", 16), ("wrn_16_1_bsconvu", 16), ("densenet121_bsconvu", 64), ("xception", 64)],
+)
+def test_keeps_channels_last(name: str, size: int, cpp: str) -> None:
+    model = create_model(name).eval()
+    x = picture(size, 1).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad(), effops.use_backend(cpp):
+        features = model.forward_features(x)
+    assert features.shape[-1] > 1 and features.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("name", STANDARD)
@@ -385,8 +432,31 @@ def test_key_map() -> None:
         "classifier.conv.bias": "classifier.bias",
     }
     model = create_model("wrn_16_1")
-    assert layers.bsconv_key_map(pairs, model._renames) == pairs
-    assert layers.bsconv_key_map(model.state_dict(), model._renames) == {}
+    assert model.author_key_map(pairs) == pairs
+    assert model.author_key_map(model.state_dict()) == {}
+
+
+@pytest.mark.parametrize("name", ["wrn_16_1", "cifar_resnet20_bsconvs"])
+def test_loads_the_packages_keys(name: str) -> None:
+    """A state dict by the package's keys, its classifier a 1x1 convolution; one key wrong is reported."""
+    model, other = create_model(name), create_model(name)
+    randomise(model)
+    state = {}
+    for key, value in model.state_dict().items():
+        key = re.sub(r"\.norm\.(?=\w+$)", ".bn.", key)
+        key = re.sub(r"^features\.stem\.", "backbone.init_unit.conv.", key)
+        key = re.sub(r"^features\.final\.", "backbone.final_activation.", key)
+        key = re.sub(r"^features\.", "backbone.", key)
+        key = re.sub(r"^data_bn\.", "backbone.data_bn.", key)
+        key = re.sub(r"^classifier\.", "classifier.conv.", key)
+        state[key] = value[:, :, None, None] if key == "classifier.conv.weight" else value
+    assert state.keys().isdisjoint(model.state_dict())
+    other.load_state_dict(state)
+    for key, value in other.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key]), key
+    state["backbone.stage9.unit1.bn.weight"] = torch.zeros(1)
+    with pytest.raises(RuntimeError, match="Unexpected key.*features.stage9.unit1.norm.weight"):
+        other.load_state_dict(state)
 
 
 PACKAGE_NAMES = {

@@ -134,9 +134,14 @@ class BlueprintClassifier(ImageClassifier):
         """[N, in_channels, H, W] -> [N, num_features, h, w]."""
         return self.features(self.data_bn(x))
 
+    @classmethod
+    def author_key_map(cls, keys: Iterable[str]) -> dict[str, str]:
+        """`bsconv_key_map` for this kind of network."""
+        return bsconv_key_map(keys, cls._renames)
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         keys = [key[len(prefix) :] for key in state_dict if key.startswith(prefix)]
-        rename_keys(state_dict, prefix, bsconv_key_map(keys, self._renames))
+        rename_keys(state_dict, prefix, self.author_key_map(keys))
         weight = state_dict.get(f"{prefix}classifier.weight")
         if weight is not None and weight.ndim == 4:
             state_dict[f"{prefix}classifier.weight"] = weight.flatten(1)
@@ -164,9 +169,8 @@ def bsconv_key_map(keys: Iterable[str], renames: Renames = ()) -> dict[str, str]
         reshaped to [classes, features] besides.
 
     Example:
-        >>> bsconv_key_map(["backbone.stage1.unit1.conv1.bn.weight", "classifier.conv.bias"])
-        {'backbone.stage1.unit1.conv1.bn.weight': 'features.stage1.unit1.conv1.norm.weight',
-         'classifier.conv.bias': 'classifier.bias'}
+        >>> bsconv_key_map(["backbone.stage1.unit1.conv1.bn.weight"])
+        {'backbone.stage1.unit1.conv1.bn.weight': 'features.stage1.unit1.conv1.norm.weight'}
     """
     mapping = {}
     for key in keys:
