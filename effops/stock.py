@@ -110,33 +110,34 @@ class BlurMaxPool2d(modules.BlurMaxPool2d):
         return F.conv2d(y, kernel, None, self.stride, groups=y.shape[1])
 
 
+def _behind(block: nn.Module, y: Tensor, residual: Tensor | None) -> Tensor:
+    """norm, act, the residual and post_act of a block."""
+    y = block.act(block.norm(y)) if block.norm_first else block.norm(block.act(y))
+    return block.post_act(y if residual is None else y + residual)
+
+
 class FusedDSConv(modules.FusedDSConv):
     """`effops.FusedDSConv` as its sub-modules compute it one by one: nothing is fused."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         z = self.dw(F.pad(input, self.uneven_padding) if self.uneven_padding else input)
         z = self.dw_act(self.dw_norm(z)) if self.norm_first else self.dw_norm(self.dw_act(z))
-        y = self.pw(z)
-        y = self.act(self.norm(y)) if self.norm_first else self.norm(self.act(y))
-        if self.residual:
-            y = y + input
-        elif residual is not None:
-            y = y + residual
-        return self.post_act(y)
+        return _behind(self, self.pw(z), self._residual_of(input, residual))
 
 
 class BSConvU(modules.BSConvU):
     """`effops.BSConvU` as its sub-modules compute it one by one."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.dw(self.bn(self.pw(input)))
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        return _behind(self, self.dw(self.bn(self.pw(input))), self._residual_of(input, residual))
 
 
 class BSConvS(modules.BSConvS):
     """`effops.BSConvS` as its sub-modules compute it one by one."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return self.dw(self.bn2(self.pw2(self.bn1(self.pw1(input)))))
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        z = self.bn2(self.pw2(self.bn1(self.pw1(input))))
+        return _behind(self, self.dw(z), self._residual_of(input, residual))
 
 
 class MulticeptionConv2d(modules.MulticeptionConv2d):

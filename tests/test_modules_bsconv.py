@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 from conftest import require_backend
 from helpers import assert_within_budget
-from module_helpers import compare, image, randomise
+from module_helpers import BN, compare, image, randomise
 from torch import Tensor, nn
 
 import effops
@@ -156,6 +159,195 @@ def test_messages() -> None:
         assert str(caught.value) == message
 
 
+# ---- what follows the depthwise convolution -------------------------------------------------------------------------
+
+UNBIASED = {"padding": 1, "bias": False}  # a bias ahead of a batch norm has no gradient but rounding
+ACT_NORM = {"norm": BN, "act": "silu", "norm_first": False}
+TAILS: dict[str, tuple[str, int, dict[str, Any]]] = {
+    "norm": ("U", 12, {**UNBIASED, "norm": BN}),
+    "act": ("U", 12, {"act": "relu6"}),
+    "post_act": ("U", 12, {"post_act": "hardswish"}),
+    "norm_act": ("U", 20, {**UNBIASED, "stride": 2, "norm": BN, "act": "silu"}),
+    "act_norm": ("U", 20, ACT_NORM),
+    "residual": ("U", 12, {**UNBIASED, "norm": BN, "residual": True}),
+    "residual_post_act": ("U", 12, {**UNBIASED, "norm": BN, "residual": True, "post_act": "silu"}),
+    "act_residual_post_act": ("U", 12, {"padding": "same", "act": "sigmoid", "residual": True, "post_act": "gelu"}),
+    "act_norm_residual_post_act": ("U", 12, {"padding": None, **ACT_NORM, "residual": True, "post_act": "silu"}),
+    "two_slopes": ("U", 12, {"act": partial(nn.LeakyReLU, 0.3), "post_act": partial(nn.LeakyReLU, 0.1)}),
+    # The activation ahead of the norm: else that would leave the gradient of bn's weight nothing but rounding.
+    "reflect-bn": ("U", 12, {"padding": 1, "padding_mode": "reflect", "with_bn": True, **ACT_NORM, "residual": True}),
+    "s": ("S", 20, {**UNBIASED, "p": 0.5, "norm": BN, "act": "silu"}),
+    "s-bn": ("S", 12, {**UNBIASED, "with_bn": True, "bn_kwargs": {"affine": False}, "norm": BN, "residual": True,
+                       "post_act": "silu"}),
+}  # fmt: skip
+
+
+def with_tail(name: str) -> Callable[[Any], nn.Module]:
+    kind, out_channels, arguments = TAILS[name]
+    return lambda m: getattr(m, f"BSConv{kind}")(12, out_channels, 3, **arguments)
+
+
+class WithShortcut(nn.Module):
+    """The block on a pair of its input and what it adds."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return self.block(*pair)
+
+
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("name", TAILS)
+def test_what_follows(name: str, train: bool, backend: str) -> None:
+    """Outputs, gradients and running statistics, in evaluation and in training."""
+    x = image(3, 12, 9, 8)
+    for dtype in (torch.float64, torch.float32):
+        module = compare(with_tail(name), (x,), backend, dtype=dtype, train=train, grads=True)
+    assert module.fusion_reasons() == ()
+
+
+@pytest.mark.parametrize("train", (False, True))
+@pytest.mark.parametrize("post_act", (None, "silu"))
+@pytest.mark.parametrize("kind", ("U", "S"))
+def test_adds_what_it_is_given(kind: str, post_act: str | None, train: bool, backend: str) -> None:
+    """A shortcut of the output's shape, which the input has not."""
+    pair = image(3, 12, 9, 8), image(3, 20, 5, 4, seed=2)
+    arguments = {**UNBIASED, "stride": 2, "norm": BN, "post_act": post_act}
+    for dtype in (torch.float64, torch.float32):
+        compare(
+            lambda m: WithShortcut(getattr(m, f"BSConv{kind}")(12, 20, 3, **arguments)),
+            pair, backend, dtype=dtype, train=train, grads=True,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TAILS)
+def test_in_eval_it_is_one_kernel(name: str, cpp: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No sub-module is called; in training those from the batch norm on are."""
+    module = with_tail(name)(modules).eval()
+    called = []
+    for part in {type(part) for part in module.children()}:
+        original = part.forward
+        monkeypatch.setattr(part, "forward", lambda self, *args, f=original: called.append(self) or f(self, *args))
+    x = torch.randn(2, 12, 9, 8)
+    assert [call.function for call in effops.explain(module, x).calls] == ["bs_conv2d"]
+    assert called == ([module.post_act] if name == "two_slopes" else [])
+    called.clear()
+    module.train()(x)
+    normed = isinstance(module.norm, nn.BatchNorm2d)
+    assert (module.norm in called) == normed and (not called or normed or name == "two_slopes")
+
+
+@pytest.mark.parametrize("part", ("pw", "bn", "dw", "norm", "act", "post_act"))
+def test_hooks_on_every_part_run(part: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind the convolution a hook leaves the convolution fused."""
+    arguments = {**ACT_NORM, "residual": True, "post_act": "silu"}
+    module = modules.BSConvU(8, 8, 3, padding=1, **arguments, backend=backend)
+    randomise(module)
+    x = torch.randn(2, 8, 6, 6)
+    expected = module.double().eval()(x.double())
+    module.float()
+    seen = []
+    getattr(module, part).register_forward_hook(lambda *_: seen.append(part))
+    fused = []
+    original = modules.bsconv.EF.bs_conv2d
+    monkeypatch.setattr(
+        modules.bsconv.EF, "bs_conv2d", lambda *args, **kwargs: fused.append(kwargs) or original(*args, **kwargs)
+    )
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-4, atol=1e-5)
+    assert seen == [part]
+    assert module.fusion_reasons() == (f"{part} has forward hooks",)
+    assert len(fused) == (part in ("norm", "act", "post_act"))
+    if fused:
+        covered = {"act": "activation", "norm": "scale", "post_act": "post_activation"}
+        ahead = list(covered)[: list(covered).index(part)]
+        assert all((covered[name] in fused[0]) == (name in ahead) for name in covered)
+        assert ("residual" in fused[0]) == (part == "post_act")
+
+
+def test_other_modules_behind_are_called_and_named(backend: str) -> None:
+    def make(m: Any) -> nn.Module:
+        return m.BSConvS(12, 8, 3, norm=partial(nn.GroupNorm, 2), act=nn.Mish, backend=backend)
+
+    module = compare(make, (image(2, 12, 6, 6),), backend, train=True, grads=True)
+    assert module.fusion_reasons() == (
+        "norm is GroupNorm, not a plain BatchNorm2d",
+        "act is Mish(), which the kernels do not know",
+    )
+
+
+def test_nothing_behind_leaves_the_keys_alone() -> None:
+    """A state dict of before fits; what follows adds its own keys behind."""
+    plain = modules.BSConvS(8, 12, 3, with_bn=True)
+    old = nn.ModuleDict({name: getattr(plain, name) for name in ("pw1", "bn1", "pw2", "bn2", "dw")})
+    assert list(plain.state_dict()) == list(old.state_dict())
+    statistics = ["norm.running_mean", "norm.running_var", "norm.num_batches_tracked"]
+    tailed = modules.BSConvS(8, 12, 3, with_bn=True, norm=BN, act="relu", post_act="relu")
+    assert list(tailed.state_dict()) == [*old.state_dict(), "norm.weight", "norm.bias", *statistics]
+    missing = tailed.load_state_dict(plain.state_dict(), strict=False)
+    assert missing.unexpected_keys == [] and all(key.startswith("norm.") for key in missing.missing_keys)
+
+
+def test_to_dense_is_the_convolution_alone() -> None:
+    module = modules.BSConvU(8, 12, 3, padding=1, norm=BN, act="relu", post_act="silu").double().eval()
+    randomise(module)
+    x = image(2, 8, 6, 6)
+    expected = torch.nn.functional.silu(module.act(module.norm(module.to_dense()(x))))
+    torch.testing.assert_close(module(x), expected, rtol=1e-11, atol=1e-11)
+
+
+def test_an_empty_batch() -> None:
+    module = modules.BSConvU(8, 8, 3, padding=1, norm=BN, act="relu", residual=True)
+    for mode in (True, False):
+        assert module.train(mode)(torch.empty(0, 8, 5, 5)).shape == (0, 8, 5, 5)
+
+
+def test_what_follows_in_its_repr() -> None:
+    assert repr(modules.BSConvU(4, 4, 3)).startswith("BSConvU(\n  (pw)")
+    text = repr(modules.BSConvU(4, 4, 3, padding=1, act="relu", norm_first=False, residual=True, backend="cpp"))
+    assert text.startswith("BSConvU(\n  norm_first=False, residual=True, backend='cpp'\n")
+
+
+@pytest.mark.parametrize("namespace", (modules, stock))
+def test_messages_about_what_follows(namespace: Any) -> None:
+    def same(**arguments: Any) -> nn.Module:
+        return namespace.BSConvU(8, 8, 3, **{"padding": 1, **arguments})
+
+    x = torch.randn(1, 8, 5, 5)
+    for make, kind, message in (
+        (
+            lambda: namespace.BSConvS(8, 12, 3, padding=1, residual=True), ValueError,
+            "BSConvS: residual=True needs in_channels == out_channels, got 8 and 12",
+        ),
+        (lambda: same(stride=2, residual=True), ValueError, "BSConvU: residual=True needs stride 1, got (2, 2)"),
+        (
+            lambda: same(padding=0, residual=True), ValueError,
+            "BSConvU: residual=True needs a padding that keeps height and width; they change by (-2, -2)",
+        ),
+        (
+            lambda: same(residual=True)(x, x), ValueError,
+            "BSConvU: residual given, but residual=True already adds the input",
+        ),
+        (
+            lambda: same(norm=nn.Identity()), TypeError,
+            "BSConvU: norm must be None or a factory that is called with the channel count, such as nn.BatchNorm2d, "
+            "got Identity()",
+        ),
+        (lambda: same(act=3), TypeError,
+         "BSConvU: act must be an activation's name, a module, a module class or None, got 3"),
+        (
+            lambda: same(norm=BN)(torch.randn(1, 8, 1, 1)), ValueError,
+            "Expected more than 1 value per channel when training, got input size torch.Size([1, 8, 1, 1])",
+        ),
+    ):  # fmt: skip
+        with pytest.raises(kind) as caught:
+            make()
+        assert str(caught.value) == message
+    with pytest.raises(ValueError, match="BSConvU: unknown activation 'reluu' for post_act; accepted: none, relu, "):
+        same(post_act="reluu")
+
+
 # ---- orthonormal loss -----------------------------------------------------------------------------------------------
 
 
@@ -263,4 +455,6 @@ def test_stock_twin_is_the_unfused_module() -> None:
     twin = stock.BSConvS(8, 12, 3, padding=1)
     assert torch.equal(twin(x), twin.dw(twin.pw2(twin.pw1(x))))
     assert effops.explain(twin, x).calls == []
+    shortcut = torch.randn(2, 12, 6, 6)
+    assert torch.equal(twin(x, shortcut), twin(x) + shortcut)
     assert_within_budget(twin(x), twin.double()(x.double()), twin.float()(x), "stock")

@@ -116,12 +116,14 @@ def fill_epilogue(stages: Sequence[Stage]) -> tuple[dict[str, Any], int]:
     for done, stage in enumerate(stages):
         if stage.kind == "act":
             known = None if tampered(stage.value) else activation_of(stage.value)
-            target = _ACTIVATION_SLOT if slot < _ACTIVATION_SLOT else _POST_SLOT
-            if known is None or slot >= _POST_SLOT:
+            if known is None:
                 return epilogue, done
             name, own_slope = known
             if name == "none":
                 continue
+            if slot >= _POST_SLOT:
+                return epilogue, done
+            target = _ACTIVATION_SLOT if slot < _ACTIVATION_SLOT else _POST_SLOT
             if name == "leaky_relu":  # one slope serves both activations
                 if slope is not None and slope != own_slope:
                     return epilogue, done
@@ -177,7 +179,7 @@ def last_norm_stage(norm: nn.Module, backend: str) -> Stage:
 
 
 class FusedBlock(nn.Module):
-    """What the blocks that end in a pointwise convolution share: reasons and repr.
+    """What the blocks share: reasons and repr.
 
     Their fused paths read `self._modules`: an attribute of a module takes half a microsecond, and a block has many.
     """
@@ -190,8 +192,9 @@ class FusedBlock(nn.Module):
     def fusion_reasons(self) -> tuple[str, ...]:
         """Why the sub-modules are not, or not all, run as one kernel; empty where they are.
 
-        A reason that concerns dw, dw_norm, dw_act or pw makes the block call its sub-modules one by one. A reason that
-        concerns norm, act or post_act leaves the convolutions fused and calls that module, and those after it, behind.
+        A reason that concerns a convolution or what stands between convolutions makes the block call its sub-modules
+        one by one. A reason that concerns norm, act or post_act leaves the convolutions fused and calls that module,
+        and those after it, behind.
         """
         reasons = [check(name, getattr(self, name)) for name, check in (*self._head, *self._tail)]
         return tuple(reason for reason in reasons if reason)
@@ -205,3 +208,74 @@ class FusedBlock(nn.Module):
         if reasons:
             text.append(f"not fused: {'; '.join(reasons)}")
         return ", ".join(text)
+
+
+class ResidualBlock(FusedBlock):
+    """What the blocks share whose convolutions are followed by norm, act, a residual and post_act.
+
+    A subclass sets these three sub-modules, `dw`, `norm_first`, `residual`, and defines the two channel counts.
+    """
+
+    _tail = (("norm", why_not_norm), ("act", why_not_act), ("post_act", why_not_act))
+    norm_first: bool
+    residual: bool
+    # (left, right, top, bottom) where the convolution itself cannot pad that way.
+    uneven_padding: tuple[int, ...] | None = None
+
+    def _input_channels(self) -> int:
+        raise NotImplementedError
+
+    def _output_channels(self) -> int:
+        raise NotImplementedError
+
+    def _check_residual(self) -> None:
+        why_not = self._why_no_residual()
+        if why_not:
+            raise ValueError(f"{type(self).__name__}: residual=True needs {why_not}")
+
+    def _why_no_residual(self) -> str | None:
+        """What adding the input needs and is not there."""
+        if self._input_channels() != self._output_channels():
+            return f"in_channels == out_channels, got {self._input_channels()} and {self._output_channels()}"
+        if tuple(self.dw.stride) != (1, 1):
+            return f"stride 1, got {self.dw.stride}"
+        left, right, top, bottom = self._padding_sides()
+        grown = (
+            (top + bottom - self.dw.dilation[0] * (self.dw.kernel_size[0] - 1)),
+            (left + right - self.dw.dilation[1] * (self.dw.kernel_size[1] - 1)),
+        )
+        return None if grown == (0, 0) else f"a padding that keeps height and width; they change by {grown}"
+
+    def _padding_sides(self) -> tuple[int, int, int, int]:
+        """(left, right, top, bottom)."""
+        padding = self.uneven_padding or self.dw.padding
+        if padding == "valid":
+            return 0, 0, 0, 0
+        if padding == "same":
+            rows, columns = (d * (k - 1) for d, k in zip(self.dw.dilation, self.dw.kernel_size, strict=True))
+            return columns, 0, rows, 0  # only the sums matter here
+        if len(padding) == 4:
+            return padding
+        return padding[1], padding[1], padding[0], padding[0]
+
+    def _residual_of(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
+        """What is added: the input where the module does that, else what was given."""
+        if not self.residual:
+            return residual
+        if residual is not None:
+            raise ValueError(f"{type(self).__name__}: residual given, but residual=True already adds the input")
+        return input
+
+    def _stages_behind(self, norm: Stage, residual: Tensor | None) -> list[Stage]:
+        """What follows the last convolution; `norm` is the stage of the sub-module of that name."""
+        act = Stage("act", self._modules["act"])
+        stages = [norm, act] if self.norm_first else [act, norm]
+        if residual is not None:
+            stages.append(Stage("residual", residual))
+        stages.append(Stage("act", self._modules["post_act"]))
+        return stages
+
+    def _run_behind(self, output: Tensor, residual: Tensor | None) -> Tensor:
+        """What follows the last convolution, one by one."""
+        output = self.act(self.norm(output)) if self.norm_first else self.norm(self.act(output))
+        return self.post_act(output if residual is None else output + residual)

@@ -11,34 +11,84 @@ from torch import Tensor, nn
 
 import effops.functional as EF
 from effops.modules._arguments import (
+    ActivationLike,
     IntOrPair,
+    ModuleFactory,
     Padding,
     check_int,
     check_padding,
     check_padding_mode,
     check_pair,
+    make_activation,
     make_norm,
 )
-from effops.modules._fusion import FusedBlock, why_not_dw, why_not_norm, why_not_pw
+from effops.modules._fusion import (
+    ResidualBlock,
+    fill_epilogue,
+    norm_stage,
+    run_stages,
+    why_not_dw,
+    why_not_norm,
+    why_not_pw,
+)
 from effops.modules._norms import running_affine, takes_batch_statistics
 from effops.modules.dwconv import pad_for
 from effops.ops.bsconv.reference import materialise
 
 
-class _Blueprint(FusedBlock):
+class _Blueprint(ResidualBlock):
     """What both blueprint convolutions share: `_pointwise` names their 1x1 convolutions and norms, in order."""
 
-    _tail = ()
     _pointwise: tuple[tuple[str, str], ...]
     dw: nn.Conv2d
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, K, P, Q]."""
+    def _add_tail(
+        self,
+        norm: ModuleFactory | None,
+        act: ActivationLike,
+        post_act: ActivationLike,
+        norm_first: bool,
+        residual: bool,
+        factory: dict[str, Any],
+    ) -> None:
+        """What follows the depthwise convolution; the convolutions are there already."""
+        where = type(self).__name__
+        self.norm = make_norm(where, "norm", norm, self.dw.out_channels, factory)
+        self.act = make_activation(where, "act", act)
+        self.post_act = make_activation(where, "post_act", post_act)
+        self.norm_first = norm_first
+        self.residual = residual
+        if residual:
+            self._check_residual()
+
+    def _input_channels(self) -> int:
+        return self._modules[self._pointwise[0][0]].in_channels
+
+    def _output_channels(self) -> int:
+        return self.dw.out_channels
+
+    def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> [N, K, P, Q].
+
+        Args:
+            input: [N, C, H, W].
+            residual: [N, K, P, Q], added before post_act: the shortcut around a unit, say. Not together with
+                `residual=True`, which adds `input`.
+
+        Raises:
+            ValueError: residual given although the module adds its input already; one value per channel in training.
+        """
+        residual = self._residual_of(input, residual)
         if not self._fuses():
-            return self.dw(self._intermediate(input))
+            return self._run_behind(self.dw(self._intermediate(input)), residual)
+        # The kernels take a norm on running statistics; on those of the batch it runs as torch's behind them.
+        stages = self._stages_behind(norm_stage(self._modules["norm"], self.backend), residual)
+        epilogue, fused = fill_epilogue(stages)
         if any(takes_batch_statistics(self._modules[norm]) for _, norm in self._pointwise):
-            return self._depthwise(self._intermediate(input))
-        return self._fused(input)
+            output = self._depthwise(self._intermediate(input), epilogue)
+        else:
+            output = self._fused(input, epilogue)
+        return run_stages(output, stages[fused:])
 
     def _intermediate(self, input: Tensor) -> Tensor:
         """What the depthwise convolution reads, by the sub-modules one by one."""
@@ -46,12 +96,14 @@ class _Blueprint(FusedBlock):
             input = self._modules[norm](self._modules[pw](input))
         return input
 
-    def _depthwise(self, z: Tensor) -> Tensor:
+    def _depthwise(self, z: Tensor, epilogue: dict[str, Any]) -> Tensor:
         dw = self.dw
         z, padding = pad_for(dw, z)
-        return EF.depthwise_conv2d(z, dw.weight, dw.bias, dw.stride, padding, dw.dilation, backend=self.backend)
+        return EF.depthwise_conv2d(
+            z, dw.weight, dw.bias, dw.stride, padding, dw.dilation, **epilogue, backend=self.backend
+        )
 
-    def _fused(self, input: Tensor) -> Tensor:
+    def _fused(self, input: Tensor, epilogue: dict[str, Any]) -> Tensor:
         parts = self._modules
         dw = parts["dw"]
         # A padding mode other than zeros repeats pixels, before the pointwise convolution as well as behind it.
@@ -71,13 +123,21 @@ class _Blueprint(FusedBlock):
             dilation=dw.dilation,
             backend=self.backend,
             **operands,
+            **epilogue,
         )
 
-    def to_dense(self) -> nn.Conv2d:
-        """The one dense `nn.Conv2d` that this module is in eval mode: kernel k is a blueprint, scaled for each channel.
+    def extra_repr(self) -> str:
+        text = [] if self.norm_first else ["norm_first=False"]
+        if self.residual:
+            text.append("residual=True")
+        return ", ".join([*text, *filter(None, [super().extra_repr()])])
 
-        W[k, c] = dw[k] * pw[k, c], the paper's Eq. 2; for BSConvS pw is the product of its two matrices. Norms are
-        folded in from their running statistics. The parameters are copies.
+    def to_dense(self) -> nn.Conv2d:
+        """The one dense `nn.Conv2d` that pw to dw are in eval mode: kernel k is a blueprint, scaled for each channel.
+
+        W[k, c] = dw[k] * pw[k, c], the paper's Eq. 2; for BSConvS pw is the product of its two matrices. The norms
+        between them are folded in from their running statistics. It is the convolution alone: norm, act, the residual
+        and post_act are not in it. The parameters are copies.
 
         Raises:
             ValueError: norms that shift, beside zero padding: the padding's zeros come behind the norm, where no dense
@@ -140,10 +200,16 @@ def _folded(where: str, name: str, norm: nn.Module, channels: int) -> tuple[Tens
 class BSConvU(_Blueprint):
     """A 1x1 convolution, then a depthwise one: unconstrained blueprint separable convolution (arXiv 2003.13549, 3.2).
 
-    A drop-in for `nn.Conv2d(in_channels, out_channels, ...)`. The sub-modules `pw`, `bn` (nn.Identity without with_bn)
-    and `dw` have the names of the PyPI package bsconv, whose checkpoints load. Zero padding applies to the pointwise's
-    result. Everything is one kernel, forward and backward, and the pointwise's result does not go to memory; only a
-    norm that takes the batch's statistics needs it there (with_bn in training).
+        z = dw(bn(pw(x)))
+        y = post_act(act(norm(z)) [+ x])           or, with norm_first=False,   post_act(norm(act(z)) [+ x])
+
+    A drop-in for `nn.Conv2d(in_channels, out_channels, ...)`, which is y = z, the default. The sub-modules `pw`, `bn`
+    and `dw` have the names of the PyPI package bsconv, whose checkpoints load; `norm`, `act` and `post_act` are what a
+    network has behind the convolution (all nn.Identity where absent). Zero padding applies to the pointwise's result.
+    In eval mode everything is one kernel, and the pointwise's result does not go to memory (but behind norm, then act
+    the kernels take nothing more: a residual is then added by torch). So it is in training, forward and backward,
+    except for batch norms: `norm` runs as torch's on the kernel's output, and the rest behind it; `bn` needs the
+    pointwise's result in memory.
 
     Args:
         in_channels: C.
@@ -153,13 +219,19 @@ class BSConvU(_Blueprint):
         bias: the depthwise convolution gets a bias.
         with_bn: a batch norm between the two convolutions.
         bn_kwargs: arguments of that `nn.BatchNorm2d`.
+        norm: None or a factory called with the channel count, such as `nn.BatchNorm2d`; behind the depthwise.
+        act, post_act: None, the name of an activation (none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid,
+            sigmoid, gelu), a module, or a module class.
+        norm_first: norm before act, or behind it where False.
+        residual: adds the input; needs in_channels == out_channels and unchanged height and width. `forward` takes any
+            other residual.
         backend: as in `effops.functional`.
 
     Shape:
         [N, C, H, W] -> [N, K, P, Q].
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind or value.
+        TypeError, ValueError: an argument of a wrong kind or value, or residual where the shape changes.
     """
 
     _head = (("pw", why_not_pw), ("bn", why_not_norm), ("dw", why_not_dw))
@@ -178,6 +250,11 @@ class BSConvU(_Blueprint):
         with_bn: bool = False,
         bn_kwargs: Mapping[str, Any] | None = None,
         *,
+        norm: ModuleFactory | None = None,
+        act: ActivationLike = None,
+        norm_first: bool = True,
+        residual: bool = False,
+        post_act: ActivationLike = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -191,11 +268,15 @@ class BSConvU(_Blueprint):
         self.pw = nn.Conv2d(in_channels, out_channels, 1, bias=False, **factory)
         self.bn = _norm(where, "bn", with_bn, bn_kwargs, out_channels, factory)
         self.dw = nn.Conv2d(out_channels, out_channels, **window, groups=out_channels, bias=bias, **factory)
+        self._add_tail(norm, act, post_act, norm_first, residual, factory)
         self.backend = backend
 
 
 class BSConvS(_Blueprint):
     """Two 1x1 convolutions, then a depthwise one: subspace blueprint separable convolution (arXiv 2003.13549, 3.3).
+
+        z = dw(bn2(pw2(bn1(pw1(x)))))
+        y = post_act(act(norm(z)) [+ x])           or, with norm_first=False,   post_act(norm(act(z)) [+ x])
 
     The matrix of `BSConvU`'s 1x1 as a product through M = min(C, max(min_mid_channels, ceil(p * C))) channels; its
     rows are kept orthonormal by `orthonormal_loss`. The defaults p = 0.25 and min_mid_channels = 4 are the package's;
@@ -212,7 +293,7 @@ class BSConvS(_Blueprint):
         [N, C, H, W] -> [N, K, P, Q].
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind or value.
+        TypeError, ValueError: an argument of a wrong kind or value, or residual where the shape changes.
     """
 
     _head = (("pw1", why_not_pw), ("bn1", why_not_norm), ("pw2", why_not_pw), ("bn2", why_not_norm), ("dw", why_not_dw))
@@ -233,6 +314,11 @@ class BSConvS(_Blueprint):
         with_bn: bool = False,
         bn_kwargs: Mapping[str, Any] | None = None,
         *,
+        norm: ModuleFactory | None = None,
+        act: ActivationLike = None,
+        norm_first: bool = True,
+        residual: bool = False,
+        post_act: ActivationLike = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -254,6 +340,7 @@ class BSConvS(_Blueprint):
         self.pw2 = nn.Conv2d(mid, out_channels, 1, bias=False, **factory)
         self.bn2 = _norm(where, "bn2", with_bn, bn_kwargs, out_channels, factory)
         self.dw = nn.Conv2d(out_channels, out_channels, **window, groups=out_channels, bias=bias, **factory)
+        self._add_tail(norm, act, post_act, norm_first, residual, factory)
         self.backend = backend
 
     @property

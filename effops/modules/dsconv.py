@@ -23,7 +23,7 @@ from effops.modules._arguments import (
     make_norm,
 )
 from effops.modules._fusion import (
-    FusedBlock,
+    ResidualBlock,
     Stage,
     fill_epilogue,
     last_norm_stage,
@@ -46,7 +46,7 @@ from effops.modules._norms import (
 from effops.modules.dwconv import BankConv2d, kernels_of, pad_for
 
 
-class FusedDSConv(FusedBlock):
+class FusedDSConv(ResidualBlock):
     """A depthwise convolution, a pointwise one and what follows each, as one kernel.
 
         z = dw_act(dw_norm(dw(x)))                 or, with norm_first=False,   dw_norm(dw_act(dw(x)))
@@ -88,7 +88,6 @@ class FusedDSConv(FusedBlock):
     """
 
     _head = (("dw", why_not_dw), ("dw_norm", why_not_norm), ("dw_act", why_not_act), ("pw", why_not_pw))
-    _tail = (("norm", why_not_norm), ("act", why_not_act), ("post_act", why_not_act))
 
     def __init__(
         self,
@@ -234,38 +233,11 @@ class FusedDSConv(FusedBlock):
         if residual:
             self._check_residual()
 
-    def _check_residual(self) -> None:
-        why_not = self._why_no_residual()
-        if why_not:
-            raise ValueError(f"{type(self).__name__}: residual=True needs {why_not}")
-
-    def _why_no_residual(self) -> str | None:
-        """What adding the input needs and is not there."""
-        if self._input_channels() != self.pw.out_channels:
-            return f"in_channels == out_channels, got {self._input_channels()} and {self.pw.out_channels}"
-        if tuple(self.dw.stride) != (1, 1):
-            return f"stride 1, got {self.dw.stride}"
-        left, right, top, bottom = self._padding_sides()
-        grown = (
-            (top + bottom - self.dw.dilation[0] * (self.dw.kernel_size[0] - 1)),
-            (left + right - self.dw.dilation[1] * (self.dw.kernel_size[1] - 1)),
-        )
-        return None if grown == (0, 0) else f"a padding that keeps height and width; they change by {grown}"
-
     def _input_channels(self) -> int:
         return self.dw.in_channels
 
-    def _padding_sides(self) -> tuple[int, int, int, int]:
-        """(left, right, top, bottom)."""
-        padding = self.uneven_padding or self.dw.padding
-        if padding == "valid":
-            return 0, 0, 0, 0
-        if padding == "same":
-            rows, columns = (d * (k - 1) for d, k in zip(self.dw.dilation, self.dw.kernel_size, strict=True))
-            return columns, 0, rows, 0  # only the sums matter here
-        if len(padding) == 4:
-            return padding
-        return padding[1], padding[1], padding[0], padding[0]
+    def _output_channels(self) -> int:
+        return self.pw.out_channels
 
     # -- running ------------------------------------------------------------------------------------------------------
 
@@ -281,14 +253,6 @@ class FusedDSConv(FusedBlock):
             ValueError: residual given although the module adds its input already; one value per channel in training.
         """
         return self._run(input, self._residual_of(input, residual))
-
-    def _residual_of(self, input: Tensor, residual: Tensor | None) -> Tensor | None:
-        """What is added: the input where the module does that, else what was given."""
-        if not self.residual:
-            return residual
-        if residual is not None:
-            raise ValueError(f"{type(self).__name__}: residual given, but residual=True already adds the input")
-        return input
 
     def _run(self, input: Tensor, residual: Tensor | None) -> Tensor:
         empty = input.shape[0] == 0 and takes_batch_statistics(self.dw_norm)  # no statistics; torch lets it pass
@@ -317,18 +281,10 @@ class FusedDSConv(FusedBlock):
             input = F.pad(input, self.uneven_padding)
         z = self.dw(input)
         z = self.dw_act(self.dw_norm(z)) if self.norm_first else self.dw_norm(self.dw_act(z))
-        y = self.pw(z)
-        y = self.act(self.norm(y)) if self.norm_first else self.norm(self.act(y))
-        return self.post_act(y if residual is None else y + residual)
+        return self._run_behind(self.pw(z), residual)
 
     def _tail_stages(self, residual: Tensor | None) -> list[Stage]:
-        parts = self._modules
-        norm, act = last_norm_stage(parts["norm"], self.backend), Stage("act", parts["act"])
-        stages = [norm, act] if self.norm_first else [act, norm]
-        if residual is not None:
-            stages.append(Stage("residual", residual))
-        stages.append(Stage("act", parts["post_act"]))
-        return stages
+        return self._stages_behind(last_norm_stage(self._modules["norm"], self.backend), residual)
 
     def _dw_arguments(self, input: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """((input, dw weight, dw bias, stride, padding, dilation), dw_ keywords) of the fused call."""
