@@ -12,6 +12,7 @@ import torch
 from helpers import assert_within_budget
 from module_helpers import randomise
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import effops
@@ -329,11 +330,11 @@ def test_what_the_drop_in_rule_replaces() -> None:
         assert sum(m.kernel_size == (3, 3) for m in convolutions) == count
         assert len([m for m in on_meta(f"{name}_bsconvu").modules() if isinstance(m, BSConvU)]) == count
     assert len([m for m in on_meta("densenet121_bsconvu").modules() if isinstance(m, BSConvU)]) == 58
-    stem = on_meta("cifar_resnet20_bsconvu").features.stem.conv
+    stem = on_meta("cifar_resnet20_bsconvu").features.stem
     assert isinstance(stem, BSConvU) and isinstance(stem.bn, nn.Identity)
     first = on_meta("resnet10_bsconvs").features
     assert first.stem.conv.kernel_size == (7, 7) and isinstance(first.stage2.unit1.projection.conv, nn.Conv2d)
-    subspace = first.stage2.unit1.conv1.conv
+    subspace = first.stage2.unit1.conv1
     assert isinstance(subspace, BSConvS) and subspace.mid_channels == 16
     assert (subspace.dw.stride, subspace.dw.padding) == ((2, 2), (1, 1))
     assert isinstance(subspace.bn1, nn.BatchNorm2d) and isinstance(subspace.bn2, nn.BatchNorm2d)
@@ -363,7 +364,39 @@ def test_width_and_subspace() -> None:
     wide = on_meta("cifar_resnet20", width=2)
     assert wide.num_features == 128 and wide.features.stem.conv.out_channels == 16
     assert parameters(on_meta("cifar_resnet20_bsconvs", p=0.5)) > parameters(on_meta("cifar_resnet20_bsconvs"))
-    assert on_meta("resnet10_bsconvs", p=1 / 8).features.stage1.unit1.conv1.conv.mid_channels == 8
+    assert on_meta("resnet10_bsconvs", p=1 / 8).features.stage1.unit1.conv1.mid_channels == 8
+
+
+# Blueprint convolutions; batch norms, ReLUs and additions that are left to torch in eval mode.
+ONE_KERNEL_EACH = {
+    "cifar_resnet20_bsconvu": (19, 1 + 2, 0, 0),  # norms: the image's, the projections'
+    "cifar_resnet20_bsconvs": (19, 1 + 2, 0, 0),
+    "resnet10_bsconvu": (8, 1 + 1 + 3, 1, 0),  # the 7x7 stem's as well
+    "wrn_16_1_bsconvu": (13, 1 + 6 + 1, 6 + 1, 0),  # ahead of the units, and behind the last
+    "wrn_16_1_bsconvs": (13, 1 + 6 + 1, 6 + 1, 0),
+    "vgg16_bn_bsconvu": (13, 0, 0, 0),
+    "xception_bsconvu": (2 + 34, 4, 11, 4),  # blocks begin with ReLUs; four end in a pool, then the addition
+}
+
+
+@pytest.mark.parametrize("name", ONE_KERNEL_EACH)
+def test_each_blueprint_unit_is_one_kernel(name: str, cpp: str) -> None:
+    """In eval mode, with what follows: batch norm, activation, shortcut."""
+    seen: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    model = create_model(name).eval()
+    blocks = [m for m in model.modules() if isinstance(m, (BSConvU, BSConvS))]
+    assert [m.fusion_reasons() for m in blocks] == [()] * len(blocks)
+    with torch.no_grad(), effops.use_backend(cpp), Recorder():
+        model(picture(32, 1))
+    norms = seen.count("native_batch_norm") + seen.count("_native_batch_norm_legit_no_training")
+    assert (seen.count("bsconv_fwd"), norms, seen.count("relu"), seen.count("add")) == ONE_KERNEL_EACH[name]
+    assert len(blocks) == seen.count("bsconv_fwd")
 
 
 def test_xception_uses_the_fused_blocks() -> None:
@@ -419,11 +452,11 @@ def test_key_map() -> None:
     pairs = {
         "backbone.data_bn.running_mean": "data_bn.running_mean",
         "backbone.init_unit.conv.conv.weight": "features.stem.conv.weight",
-        "backbone.init_unit.conv.conv.pw1.weight": "features.stem.conv.pw1.weight",
-        "backbone.init_unit.conv.conv.bn1.weight": "features.stem.conv.bn1.weight",
+        "backbone.init_unit.conv.conv.pw1.weight": "features.stem.pw1.weight",
+        "backbone.init_unit.conv.conv.bn1.weight": "features.stem.bn1.weight",
         "backbone.init_unit.conv.bn.weight": "features.stem.norm.weight",
         "backbone.stage1.unit1.bn.bias": "features.stage1.unit1.norm.bias",
-        "backbone.stage1.unit1.conv1.conv.dw.weight": "features.stage1.unit1.conv1.conv.dw.weight",
+        "backbone.stage1.unit1.conv1.conv.dw.weight": "features.stage1.unit1.conv1.dw.weight",
         "backbone.stage1.unit1.conv1.bn.num_batches_tracked": "features.stage1.unit1.conv1.norm.num_batches_tracked",
         "backbone.stage2.unit1.projection.conv.weight": "features.stage2.unit1.projection.conv.weight",
         "backbone.stage2.unit1.projection.bn.weight": "features.stage2.unit1.projection.norm.weight",
@@ -436,13 +469,14 @@ def test_key_map() -> None:
     assert model.author_key_map(model.state_dict()) == {}
 
 
-@pytest.mark.parametrize("name", ["wrn_16_1", "cifar_resnet20_bsconvs"])
+@pytest.mark.parametrize("name", ["wrn_16_1", "wrn_16_1_bsconvu", "cifar_resnet20_bsconvs"])
 def test_loads_the_packages_keys(name: str) -> None:
     """A state dict by the package's keys, its classifier a 1x1 convolution; one key wrong is reported."""
     model, other = create_model(name), create_model(name)
     randomise(model)
     state = {}
     for key, value in model.state_dict().items():
+        key = re.sub(r"\.(?=(pw[12]?|bn[12]|dw)\.)", ".conv.", key)
         key = re.sub(r"\.norm\.(?=\w+$)", ".bn.", key)
         key = re.sub(r"^features\.stem\.", "backbone.init_unit.conv.", key)
         key = re.sub(r"^features\.final\.", "backbone.final_activation.", key)

@@ -11,9 +11,19 @@ from typing import Any
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier
+from effops.modules import BSConvS, BSConvU
 from effops.modules._keys import rename_keys
 
-__all__ = ["FORMS", "BlueprintClassifier", "DropIn", "bsconv_key_map", "conv_norm_act", "dense_conv", "name_of"]
+__all__ = [
+    "FORMS",
+    "BlueprintClassifier",
+    "DropIn",
+    "bsconv_key_map",
+    "conv_add",
+    "conv_norm_act",
+    "dense_conv",
+    "name_of",
+]
 
 FORMS = ("standard", "bsconvu", "bsconvs")
 # Kernels that the authors' drop-in rule replaces; 1x1 projections and 7x7 stems stay (`bsconv`'s BSConvU_Replacer).
@@ -94,12 +104,44 @@ class DropIn:
         return self.layers.BSConvS(in_channels, out_channels, **window, p=self.p, with_bn=True)
 
 
-def conv_norm_act(conv: nn.Module, out_channels: int, act: nn.Module | None = None) -> nn.Sequential:
-    """conv, a batch norm and perhaps an activation, by these names: conv, norm, act."""
-    parts = OrderedDict(conv=conv, norm=nn.BatchNorm2d(out_channels))
+def conv_norm_act(conv: nn.Module, out_channels: int | None = None, act: nn.Module | None = None) -> nn.Module:
+    """conv, a batch norm on out_channels (None for none) and perhaps an activation.
+
+    A blueprint separable convolution takes both in, as its sub-modules norm and act: one kernel in eval mode. Others
+    become a Sequential by the names conv, norm and act.
+    """
+    behind: OrderedDict[str, nn.Module] = OrderedDict()
+    if out_channels is not None:
+        behind["norm"] = nn.BatchNorm2d(out_channels)
     if act is not None:
-        parts["act"] = act
-    return nn.Sequential(parts)
+        behind["act"] = act
+    if not isinstance(conv, (BSConvU, BSConvS)):
+        return nn.Sequential(OrderedDict(conv=conv, **behind))
+    for name, module in behind.items():
+        setattr(conv, name, module)
+    return conv
+
+
+def conv_add(conv: nn.Module, norm: nn.Module | None = None, post_act: nn.Module | None = None) -> nn.Module:
+    """post_act(norm(conv(x)) + shortcut), called with x and the shortcut.
+
+    As `conv_norm_act`: within a blueprint separable convolution, around any other.
+    """
+    norm = nn.Identity() if norm is None else norm
+    post_act = nn.Identity() if post_act is None else post_act
+    if isinstance(conv, (BSConvU, BSConvS)):
+        conv.norm, conv.post_act = norm, post_act
+        return conv
+    return _ConvAdd(conv, norm, post_act)
+
+
+class _ConvAdd(nn.Module):
+    def __init__(self, conv: nn.Module, norm: nn.Module, post_act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.post_act = conv, norm, post_act
+
+    def forward(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        return self.post_act(self.norm(self.conv(x)) + shortcut)
 
 
 class BlueprintClassifier(ImageClassifier):
@@ -154,6 +196,8 @@ _COMMON_RENAMES: Renames = (
     (r"^backbone\.", "features."),
     (r"^classifier\.conv\.", "classifier."),
     (r"\.bn\.(?=\w+$)", ".norm."),
+    # A blueprint convolution is a unit's convolution itself, with the norm inside: see conv_norm_act.
+    (r"\.conv\.(?=(pw|pw1|bn1|pw2|bn2|dw)\.)", "."),
 )
 
 

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from effops.models.bsconv.layers import FORMS, BlueprintClassifier, DropIn, conv_norm_act, name_of
+from effops.models.bsconv.layers import FORMS, BlueprintClassifier, DropIn, conv_add, conv_norm_act, name_of
 from effops.models.classifier import activation_factory
 from effops.models.registry import register_model
 
@@ -60,14 +60,13 @@ class _Unit(nn.Module):
     def __init__(self, conv: DropIn, act: Activation, in_channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
         self.conv1 = conv_norm_act(conv(in_channels, out_channels, 3, stride), out_channels, act())
-        self.conv2 = conv_norm_act(conv(out_channels, out_channels), out_channels)
+        self.conv2 = conv_add(conv(out_channels, out_channels), nn.BatchNorm2d(out_channels), act())
         self.projection: nn.Module = nn.Identity()
         if in_channels != out_channels or stride != 1:
             self.projection = conv_norm_act(conv(in_channels, out_channels, 1, stride), out_channels)
-        self.act = act()
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.conv2(self.conv1(x)) + self.projection(x))
+        return self.conv2(self.conv1(x), self.projection(x))
 
 
 class _PreactUnit(nn.Module):
@@ -78,14 +77,14 @@ class _PreactUnit(nn.Module):
         self.norm = nn.BatchNorm2d(in_channels)
         self.act = act()
         self.conv1 = conv_norm_act(conv(in_channels, out_channels, 3, stride), out_channels, act())
-        self.conv2 = nn.Sequential(OrderedDict(conv=conv(out_channels, out_channels)))
+        self.conv2 = conv_add(conv(out_channels, out_channels))
         self.projection: nn.Module | None = None
         if in_channels != out_channels or stride != 1:
-            self.projection = nn.Sequential(OrderedDict(conv=conv(in_channels, out_channels, 1, stride)))
+            self.projection = conv_norm_act(conv(in_channels, out_channels, 1, stride))
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.act(self.norm(x))
-        return self.conv2(self.conv1(h)) + (x if self.projection is None else self.projection(h))
+        return self.conv2(self.conv1(h), x if self.projection is None else self.projection(h))
 
 
 class ResNet(BlueprintClassifier):
@@ -149,7 +148,7 @@ def _stem(conv: DropIn, act: Activation, in_channels: int, plan: _Plan) -> Order
         return OrderedDict(stem=stem, pool=nn.MaxPool2d(3, 2, 1))
     first = conv(in_channels, plan.stem)
     if plan.preact:  # the first unit begins with norm and activation
-        return OrderedDict(stem=nn.Sequential(OrderedDict(conv=first)))
+        return OrderedDict(stem=conv_norm_act(first))
     return OrderedDict(stem=conv_norm_act(first, plan.stem, act()))
 
 

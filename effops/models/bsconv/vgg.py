@@ -4,7 +4,8 @@ The paper does not describe the head. Its "up to 8.5x less parameters" (section 
 and one linear layer (14,784,696 against 1,746,744: 8.46x) and excludes VGG's three linear layers (1.11x); so that is
 the head here. The convolutions have biases, as VGG's do; the blueprint's depthwise convolutions inherit them.
 
-The state-dict keys of `features` in the standard form are torchvision's.
+The state-dict keys of `features` in the standard form are torchvision's; a blueprint separable convolution has its
+batch norm inside.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from torch import nn
 
-from effops.models.bsconv.layers import BlueprintClassifier, DropIn, name_of
+from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, name_of
 from effops.models.classifier import activation_factory
 from effops.models.registry import register_model
 
@@ -53,7 +54,8 @@ class VGG(BlueprintClassifier):
         channels = in_channels
         for stage in _STAGES:
             for after in stage:
-                features += [conv(channels, after, bias=True), nn.BatchNorm2d(after), act()]
+                unit = conv_norm_act(conv(channels, after, bias=True), after, act())
+                features += unit if isinstance(unit, nn.Sequential) else [unit]
                 channels = after
             features.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*features)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, dense_conv, name_of
 from effops.models.classifier import activation_factory
 from effops.models.registry import register_model
-from effops.modules import FusedDSConv
+from effops.modules import BSConvU, FusedDSConv
 
 __all__ = ["Xception"]
 
@@ -73,7 +73,7 @@ class _Block(nn.Module):
             self.pool = nn.MaxPool2d(3, stride, 1)
             self.projection = conv_norm_act(dense_conv(widths[0], widths[-1], 1, stride), widths[-1])
         # A fused block takes the shortcut into its kernel; behind a pool it cannot.
-        self.adds_within = stride == 1 and isinstance(self.separable[-1], FusedDSConv)
+        self.adds_within = stride == 1 and isinstance(self.separable[-1], (FusedDSConv, BSConvU))
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.act(x)
