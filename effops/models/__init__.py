@@ -1,6 +1,15 @@
 """The registry's models. Importing this package registers all of them."""
 
-from effops.models import bsconv, mobilenetv2, vgnet
+from effops.models import bsconv, mobilenetv2, nuts_and_bolts, vgnet
 from effops.models.registry import create_model, is_model, list_models, register_model
 
-__all__ = ["bsconv", "create_model", "is_model", "list_models", "mobilenetv2", "register_model", "vgnet"]
+__all__ = [
+    "bsconv",
+    "create_model",
+    "is_model",
+    "list_models",
+    "mobilenetv2",
+    "nuts_and_bolts",
+    "register_model",
+    "vgnet",
+]
