@@ -6,11 +6,38 @@ MobileNets" (Haase and Amthor, CVPR 2020, arXiv 2003.13549): blueprint separable
     vgg.py          VGG-16 (Table 4)
     densenet.py     DenseNet-121 (Table 4)
     xception.py     Xception (Table 4)
+    bottlenecks.py  networks of linear bottlenecks, which become BSConv-S ones by their loss alone (section 4.2):
+                    mobilenetv2.py and mobilenetv3.py (Tables 1 and 3), efficientnet.py and mnasnet.py (Table 4)
+    mobilenetv1.py  MobileNetV1 (Tables 1 and 3)
 
 Importing this package registers them. A name without a suffix is the standard network; `_bsconvu` is the unconstrained
 variant (section 3.3.1), `_bsconvs` the subspace variant (section 3.3.2), to be trained with `effops.orthonormal_loss`.
 """
 
-from effops.models.bsconv import densenet, layers, resnet, vgg, xception
+from effops.models.bsconv import (
+    bottlenecks,
+    densenet,
+    efficientnet,
+    layers,
+    mnasnet,
+    mobilenetv1,
+    mobilenetv2,
+    mobilenetv3,
+    resnet,
+    vgg,
+    xception,
+)
 
-__all__ = ["densenet", "layers", "resnet", "vgg", "xception"]
+__all__ = [
+    "bottlenecks",
+    "densenet",
+    "efficientnet",
+    "layers",
+    "mnasnet",
+    "mobilenetv1",
+    "mobilenetv2",
+    "mobilenetv3",
+    "resnet",
+    "vgg",
+    "xception",
+]
