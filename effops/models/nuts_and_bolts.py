@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from effops.models.classifier import ImageClassifier, activation_factory
 from effops.models.registry import register_model
 
-__all__ = ["NutsAndBolts", "parse_layers"]
+__all__ = ["Dataset", "Layer", "NutsAndBolts", "parse_layers"]
 
 
 class Layer(NamedTuple):
@@ -39,7 +39,7 @@ class Layer(NamedTuple):
     channels: int
 
 
-class _Dataset(NamedTuple):
+class Dataset(NamedTuple):
     """What the networks for one dataset share.
 
     `unpadded` blocks (up to a pool each) have convolutions without padding; `dropout` maps the number of a unit to the
@@ -52,8 +52,8 @@ class _Dataset(NamedTuple):
     dropout: Mapping[int, float]
 
 
-_MNIST = _Dataset(1, bias=False, unpadded=2, dropout={2: 0.05, 4: 0.17, 5: 0.17})
-_CIFAR = _Dataset(3, bias=True, unpadded=0, dropout={})
+_MNIST = Dataset(1, bias=False, unpadded=2, dropout={2: 0.05, 4: 0.17, 5: 0.17})
+_CIFAR = Dataset(3, bias=True, unpadded=0, dropout={})
 
 _NETS = {
     "mnist_25k": (_MNIST, "c8 c16 P c32 c64 P"),
@@ -92,7 +92,7 @@ def parse_layers(text: str) -> list[Layer]:
 class _Builder:
     """Makes the modules of one network; each method knows what comes ahead by `channels`, `unit` and `pool`."""
 
-    def __init__(self, layers: ModuleType, dataset: _Dataset, in_channels: int, blurpool: bool, se: bool) -> None:
+    def __init__(self, layers: ModuleType, dataset: Dataset, in_channels: int, blurpool: bool, se: bool) -> None:
         self.layers = layers
         self.dataset = dataset
         self.blurpool = blurpool
@@ -181,7 +181,8 @@ class NutsAndBolts(ImageClassifier):
         blurpool: max pools become mosaicml's BlurMaxPool2d. (Its strided convolutions would be blurred too; these
             networks have none.)
         se: mosaicml's squeeze-excite (2 channels between, no biases) behind every convolution with at least 5 input and
-            output channels, ahead of ReLU and batch norm: 3x3, depthwise, pointwise and transition ones.
+            output channels, ahead of ReLU and batch norm: 3x3, depthwise, pointwise and transition ones. Names in the
+            state dict then differ, as there are more modules.
         classifier_bias: the classifier has a bias, as in the authors' runs with mosaicml's Composer; Table 1 counts
             none.
 
@@ -193,7 +194,7 @@ class NutsAndBolts(ImageClassifier):
         self,
         layers: ModuleType,
         text: str,
-        dataset: _Dataset,
+        dataset: Dataset,
         *,
         num_classes: int = 10,
         in_channels: int | None = None,
@@ -227,7 +228,7 @@ class NutsAndBolts(ImageClassifier):
         super()._set_classifier(head)
 
 
-def _register(name: str, dataset: _Dataset, text: str) -> None:
+def _register(name: str, dataset: Dataset, text: str) -> None:
     @register_model(name)
     def build(layers: ModuleType, **kwargs: Any) -> NutsAndBolts:
         return NutsAndBolts(layers, text, dataset, **kwargs)

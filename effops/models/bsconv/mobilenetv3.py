@@ -76,6 +76,10 @@ def _units(stage: _Stage, width: float) -> list[Unit]:
     for index, (out, mid) in enumerate(stage.units):
         mid = scaled(mid, width)
         excites = index >= len(stage.units) - stage.se
+        if excites and mid < 4:
+            raise ValueError(
+                f"width must leave 4 channels at least, of which a squeeze-excite takes a quarter, got {width}"
+            )
         units.append(Unit(scaled(out, width), mid, stage.kernel, mid // 4 if excites else 0, stage.act))
     return units
 
