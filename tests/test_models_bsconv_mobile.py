@@ -400,6 +400,23 @@ def test_units_of_mobilenetv1() -> None:
     assert isinstance(create_model("mobilenetv1_bsconvu").features.stem.conv, nn.Conv2d)
 
 
+def test_initialisation() -> None:
+    """Convolutions by He's uniform one, as the authors'; blueprint ones stay at torch's, a sixth of its variance."""
+
+    def share(weight: Tensor) -> float:
+        """The largest weight over He's bound."""
+        return (weight.abs().max() / (6 / weight[0].numel()) ** 0.5).item()
+
+    for name in COUNTS:
+        model = create_model(name, num_classes=1)
+        blueprints = {id(m.weight) for b in model.modules() if isinstance(b, effops.BSConvU) for m in (b.pw, b.dw)}
+        for module in model.modules():
+            if isinstance(module, nn.Conv2d):
+                low, high = (0.35, 0.41) if id(module.weight) in blueprints else (0.9, 1.0)
+                assert low < share(module.weight) <= high, f"{name}: {module}"
+                assert module.bias is None or not module.bias.any()
+
+
 def excited(model: nn.Module) -> list[tuple[int, int]]:
     """(channels, reduced channels) of the squeeze-excites."""
     modules = [module for module in model.modules() if isinstance(module, effops.SqueezeExcite)]

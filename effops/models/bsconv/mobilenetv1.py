@@ -11,6 +11,7 @@ pointwise convolutions run ahead of the strides.
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -69,6 +70,7 @@ class MobileNetV1(BlueprintClassifier):
     ) -> None:
         super().__init__(in_channels, data_bn)
         stem_stride, *strides = stride_plan(_STRIDES, input)
+        unit = _blueprint_unit if blueprint else _separable_unit
         act = activation_factory(layers, "relu")
         channels = scaled(_STEM, width)
         stem = conv_norm_act(dense_conv(in_channels, channels, 3, stem_stride), channels, act())
@@ -76,19 +78,27 @@ class MobileNetV1(BlueprintClassifier):
         for index, (outs, first) in enumerate(zip(_STAGES, strides, strict=True), 1):
             stage = OrderedDict()
             for number, out in enumerate(outs, 1):
-                stride, after = first if number == 1 else 1, scaled(out, width)
-                if blueprint:
-                    conv = layers.BSConvU(channels, after, 3, stride, 1, bias=False)
-                    stage[f"unit{number}"] = conv_norm_act(conv, after, act())
-                else:
-                    stage[f"unit{number}"] = unit = layers.FusedDSConv(
-                        channels, after, 3, stride, dw_norm=nn.BatchNorm2d, dw_act=act, norm=nn.BatchNorm2d, act=act
-                    )
-                    initialise(unit)
+                after = scaled(out, width)
+                stage[f"unit{number}"] = unit(layers, act, channels, after, first if number == 1 else 1)
                 channels = after
             features[f"stage{index}"] = nn.Sequential(stage)
         self.features = nn.Sequential(features)
         self._add_classifier(channels, num_classes)
+
+
+def _separable_unit(
+    layers: ModuleType, act: Callable[[], nn.Module], in_channels: int, out_channels: int, stride: int
+) -> nn.Module:
+    norms = {"dw_norm": nn.BatchNorm2d, "norm": nn.BatchNorm2d}
+    unit = layers.FusedDSConv(in_channels, out_channels, 3, stride, **norms, dw_act=act, act=act)
+    initialise(unit)
+    return unit
+
+
+def _blueprint_unit(
+    layers: ModuleType, act: Callable[[], nn.Module], in_channels: int, out_channels: int, stride: int
+) -> nn.Module:
+    return conv_norm_act(layers.BSConvU(in_channels, out_channels, 3, stride, 1, bias=False), out_channels, act())
 
 
 @register_model("mobilenetv1")
