@@ -178,10 +178,12 @@ class InvertedResidual(modules.InvertedResidual):
 class HalfIdentityBlock(modules.HalfIdentityBlock):
     """`effops.HalfIdentityBlock` by concatenation."""
 
+    _fixed_filter = FixedFilterConv2d
+
     def forward(self, state: Pair) -> Pair:
         left, right = state
-        z = torch.cat([left, self.dw(right)], 1)
-        return right, self.norm(self.act(self.pw(z)))
+        z = torch.cat([left, self.dw_norm(self.dw(right))], 1)
+        return right, self.se(self.norm(self.act(self.pw(z))))
 
 
 class DownsamplingBlock(modules.DownsamplingBlock):
@@ -193,7 +195,7 @@ class DownsamplingBlock(modules.DownsamplingBlock):
         if not isinstance(input, Tensor):
             input = torch.cat(tuple(input), 1)
         y = self.dw(input)
-        new = self.norm(self.act(self.pw(y)))
+        new = self.se(self.norm(self.act(self.pw(y))))
         return torch.cat([y[:, y.shape[1] - self.keep :], new], 1).chunk(2, 1)
 
 

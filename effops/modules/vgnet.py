@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -21,11 +23,20 @@ from effops.modules._fusion import (
     Stage,
     fill_epilogue,
     last_norm_stage,
+    norm_stage,
     run_stages,
+    tampered,
     why_not_act,
     why_not_dw,
     why_not_norm,
     why_not_pw,
+)
+from effops.modules._norms import (
+    Affine,
+    affine_of,
+    check_batch_size,
+    takes_batch_statistics,
+    update_running_statistics,
 )
 from effops.modules.dwconv import FixedFilterConv2d, kernels_of
 from effops.ops.dwconv import banks
@@ -39,36 +50,70 @@ def _as_pair_state(where: str, state: object) -> Pair:
     raise TypeError(f"{where}: the input must be a pair (left, right) of tensors, got {type(state).__name__}")
 
 
-class HalfIdentityBlock(FusedBlock):
-    """(L, R) -> (R, norm(act(pw(cat[L, dw(R)])))): VGNet's half-identity block (arXiv 2207.10318, section 4).
+class _VGNetBlock(FusedBlock):
+    """What both blocks share: what makes the new channels, new = se(norm(act(pw(...)))), and what runs it."""
+
+    _tail = (("act", why_not_act), ("norm", why_not_norm))
+    _fixed_filter: type[FixedFilterConv2d] = FixedFilterConv2d
+
+    def _stages(self) -> list[Stage]:
+        """What follows the pointwise convolution and may go into its kernel."""
+        parts = self._modules
+        return [Stage("act", parts["act"]), last_norm_stage(parts["norm"], self.backend)]
+
+    def _excites(self) -> bool:
+        se = self._modules["se"]
+        return type(se) is not nn.Identity or tampered(se) is not None
+
+    def _finished(self, new: Tensor, stages: Iterable[Stage]) -> Tensor:
+        """The new channels behind the kernel: the stages that it did not take, and the squeeze-excite."""
+        new = run_stages(new, stages)
+        return self.se(new) if self._excites() else new
+
+    def _new(self, z: Tensor) -> Tensor:
+        """The new channels by the sub-modules, one by one."""
+        return self.se(self.norm(self.act(self.pw(z))))
+
+
+class HalfIdentityBlock(_VGNetBlock):
+    """(L, R) -> (R, se(norm(act(pw(cat[L, dw_norm(dw(R))]))))): VGNet's half-identity block (arXiv 2207.10318, 4).
 
     Half of the channels go through a depthwise convolution, the others through nothing; the pointwise convolution reads
-    both where they lie, so neither the concatenation nor the depthwise result goes to memory.
+    both where they lie, so neither the concatenation nor the depthwise result goes to memory. In training dw_norm's
+    statistics are taken from the depthwise convolution without storing its result. The squeeze-excite is called on the
+    kernel's result.
 
     Args:
         channels: of both halves together; even.
         kernel_size: of the depthwise convolution, odd.
+        bank: fixed kernels in the place of learned ones, as in `FixedFilterConv2d`; kernel_size is then the bank's.
+        dw_norm: None or a factory called with channels / 2, behind the depthwise convolution: the authors' code has a
+            batch norm behind fixed kernels, and only there; the paper mentions none.
         norm: None or a factory called with channels / 2, such as `nn.BatchNorm2d`.
         act: as in `FusedDSConv`.
+        se: None, or a factory called with channels / 2, such as `effops.SqueezeExcite`: on the new channels.
         backend: as in `effops.functional`.
 
     Shape:
         pair of [N, channels / 2, H, W] -> pair of [N, channels / 2, H, W].
 
     Raises:
-        TypeError, ValueError: an argument of a wrong kind or value; odd channels.
+        TypeError, ValueError: an argument of a wrong kind or value; odd channels; one value per channel in training
+            with dw_norm.
     """
 
-    _head = (("dw", why_not_dw), ("pw", why_not_pw))
-    _tail = (("act", why_not_act), ("norm", why_not_norm))
+    _head = (("dw", why_not_dw), ("dw_norm", why_not_norm), ("pw", why_not_pw))
 
     def __init__(
         self,
         channels: int,
         kernel_size: IntOrPair = 3,
         *,
+        bank: str | Tensor | None = None,
+        dw_norm: ModuleFactory | None = None,
         norm: ModuleFactory | None = nn.BatchNorm2d,
         act: ActivationLike = "relu",
+        se: ModuleFactory | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -81,35 +126,68 @@ class HalfIdentityBlock(FusedBlock):
         padding = check_padding(where, None, kernel, (1, 1))
         factory = {"device": device, "dtype": dtype}
         half = channels // 2
-        self.dw = nn.Conv2d(half, half, kernel, padding=padding, groups=half, bias=False, **factory)
+        if bank is None:
+            self.dw = nn.Conv2d(half, half, kernel, padding=padding, groups=half, bias=False, **factory)
+        else:
+            self.dw = self._fixed_filter(half, bank, **factory)
+        self.dw_norm = make_norm(where, "dw_norm", dw_norm, half, factory)
         self.pw = nn.Conv2d(channels, half, 1, bias=False, **factory)
         self.act = make_activation(where, "act", act)
         self.norm = make_norm(where, "norm", norm, half, factory)
+        self.se = make_norm(where, "se", se, half, factory)
         self.backend = backend
 
     def forward(self, state: Pair) -> Pair:
         """(left, right) -> (right, new)."""
         left, right = _as_pair_state(type(self).__name__, state)
-        if not self._fuses():
-            return self._forward_unfused(left, right)
+        # An empty batch has no statistics; torch lets it pass.
         parts = self._modules
+        empty = len(right) == 0 and takes_batch_statistics(parts["dw_norm"])
+        if empty or not self._fuses():
+            return self._forward_unfused(left, right)
         dw, pw = parts["dw"], parts["pw"]
-        stages = [Stage("act", parts["act"]), last_norm_stage(parts["norm"], self.backend)]
+        stages = self._stages()
         epilogue, fused = fill_epilogue(stages)
         right, new = EF.half_identity2d(
-            left, right, dw.weight, pw.weight, dw.bias, pw.bias, dw.padding, **epilogue, backend=self.backend
+            left,
+            right,
+            kernels_of(dw),
+            pw.weight,
+            dw.bias,
+            pw.bias,
+            dw.padding,
+            **self._between(right),
+            **epilogue,
+            backend=self.backend,
         )
-        return right, run_stages(new, stages[fused:])
+        return right, self._finished(new, stages[fused:])
+
+    def _between(self, right: Tensor) -> dict[str, Tensor]:
+        """dw_norm's scale and shift for the kernel; in training on this batch, without dw's result in memory."""
+        dw, dw_norm = self._modules["dw"], self._modules["dw_norm"]
+        if type(dw_norm) is nn.Identity:
+            return {}
+        affine = norm_stage(dw_norm, self.backend).affine or self._statistics(right, dw, dw_norm)
+        return {"dw_scale": affine[0], "dw_shift": affine[1]}
+
+    def _statistics(self, right: Tensor, dw: nn.Module, dw_norm: nn.BatchNorm2d) -> Affine:
+        check_batch_size(right.numel() // right.shape[1], right.shape)
+        mean, var = EF.depthwise_stats2d(
+            right, kernels_of(dw), dw.bias, dw.stride, dw.padding, dw.dilation, backend=self.backend
+        )
+        update_running_statistics(dw_norm, mean, var, right.numel() // right.shape[1])
+        return affine_of(dw_norm, mean, var)
 
     def _forward_unfused(self, left: Tensor, right: Tensor) -> Pair:
-        return right, self.norm(self.act(self.pw(torch.cat([left, self.dw(right)], 1))))
+        return right, self._new(torch.cat([left, self.dw_norm(self.dw(right))], 1))
 
 
-class DownsamplingBlock(FusedBlock):
-    """x -> halves of cat[y[-keep:], norm(act(pw(y)))], y = dw(x): VGNet's downsampling (arXiv 2207.10318, section 4).
+class DownsamplingBlock(_VGNetBlock):
+    """x -> halves of cat[y[-keep:], se(norm(act(pw(y))))], y = dw(x): VGNet's downsampling (arXiv 2207.10318, 4).
 
     keep = min(out_channels // 2, in_channels), 0 where in_channels > out_channels: the last channels of the depthwise
-    result are kept as they are, the pointwise convolution makes the others. The kernel writes both into one tensor.
+    result are kept as they are, the pointwise convolution makes the others. The kernel writes both into one tensor; a
+    squeeze-excite, which scales the new channels alone, is called on that part of it.
 
     Args:
         in_channels: C.
@@ -118,7 +196,7 @@ class DownsamplingBlock(FusedBlock):
         blur: a fixed Gaussian as the depthwise convolution, or a learned 3x3; None is True unless stride is 1 (VGNet).
         sigma: of the Gaussian, rounded to 4 decimals as VGNet's authors print it.
         alternate_sign: odd channels get the negated Gaussian (the code of VGNet's first release).
-        norm, act, backend: as in `HalfIdentityBlock`.
+        norm, act, se, backend: as in `HalfIdentityBlock`; called with the number of new channels.
 
     Shape:
         [N, C, H, W], or a pair of halves of it, -> pair of [N, out_channels / 2, P, Q].
@@ -128,8 +206,6 @@ class DownsamplingBlock(FusedBlock):
     """
 
     _head = (("dw", why_not_dw), ("pw", why_not_pw))
-    _tail = (("act", why_not_act), ("norm", why_not_norm))
-    _fixed_filter: type[FixedFilterConv2d] = FixedFilterConv2d
 
     def __init__(
         self,
@@ -142,6 +218,7 @@ class DownsamplingBlock(FusedBlock):
         alternate_sign: bool = False,
         norm: ModuleFactory | None = nn.BatchNorm2d,
         act: ActivationLike = "relu",
+        se: ModuleFactory | None = None,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -164,6 +241,7 @@ class DownsamplingBlock(FusedBlock):
         self.pw = nn.Conv2d(in_channels, new, 1, bias=False, **factory)
         self.act = make_activation(where, "act", act)
         self.norm = make_norm(where, "norm", norm, new, factory)
+        self.se = make_norm(where, "se", se, new, factory)
         self.backend = backend
 
     def forward(self, input: Tensor | Pair) -> Pair:
@@ -174,7 +252,7 @@ class DownsamplingBlock(FusedBlock):
             return self._forward_unfused(input)
         parts = self._modules
         dw, pw = parts["dw"], parts["pw"]
-        stages = [Stage("act", parts["act"]), last_norm_stage(parts["norm"], self.backend)]
+        stages = self._stages()
         epilogue, fused = fill_epilogue(stages)
         output = EF.downsampling2d(
             input,
@@ -188,14 +266,14 @@ class DownsamplingBlock(FusedBlock):
             **epilogue,
             backend=self.backend,
         )
-        if fused == len(stages):
+        if fused == len(stages) and not self._excites():
             return output.chunk(2, 1)
         kept, new = output[:, : self.keep], output[:, self.keep :]
-        return self._halves(kept, run_stages(new, stages[fused:]))
+        return self._halves(kept, self._finished(new, stages[fused:]))
 
     def _forward_unfused(self, input: Tensor) -> Pair:
         y = self.dw(input)
-        return self._halves(y[:, y.shape[1] - self.keep :], self.norm(self.act(self.pw(y))))
+        return self._halves(y[:, y.shape[1] - self.keep :], self._new(y))
 
     @staticmethod
     def _halves(kept: Tensor, new: Tensor) -> Pair:
