@@ -2,6 +2,8 @@
 
     osmr_flops            BSConv, Table 2: half of what this gives is what the paper prints
     bsconv_readme_flops   BSConv, the tables of the authors' README
+    effnet_flops          EffNet, all its tables; effnet_baseline_slip and effnet_early_pool are its counting slips
+    vgnet_flops           VGNet, the results.md of the author's repository (the paper prints none)
 
 A convention is a table of rules: operator -> (its arguments, its output) -> FLOPs. A network runs once, without data
 (on the meta device), and the rules are applied to each operator that it calls, by a module or by a function. Operators
@@ -22,7 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["bsconv_readme_flops", "count_flops", "osmr_flops"]
+__all__ = [
+    "bsconv_readme_flops",
+    "count_flops",
+    "effnet_baseline_slip",
+    "effnet_early_pool",
+    "effnet_flops",
+    "osmr_flops",
+    "vgnet_flops",
+]
 
 aten = torch.ops.aten
 Rule = Callable[[tuple[Any, ...], Tensor], int]
@@ -179,3 +189,76 @@ def bsconv_readme_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
         input_size: [N, C, H, W].
     """
     return count_flops(model, input_size, _BSCONV_README)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# EffNet
+# ---------------------------------------------------------------------------------------------------------------------
+
+_EFFNET = rules_of(
+    (CONV, lambda args, output: 2 * conv_macs(args, output)),
+    (LINEAR_WITH_BIAS, lambda args, output: 2 * linear_macs(args, output)),
+)
+
+
+def effnet_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """FLOPs as the EffNet paper's tables count them: 2 a multiply-accumulate of convolutions and linear layers.
+
+    The convention is inferred: with it most of the printed figures come out to the last digit.
+
+    Args:
+        model: a network of stock modules.
+        input_size: [N, C, H, W].
+
+    EffNet (arXiv 1801.06434), Tables 2 to 7.
+    """
+    return count_flops(model, input_size, _EFFNET)
+
+
+def effnet_baseline_slip(channels: int, classes: int) -> int:
+    """What the paper's FLOPs of a baseline are too high by.
+
+    Its linear layer is counted on a map of 16 x 16, although Table 1 shows that it reads 4 x 4.
+
+    Args:
+        channels: of the last layer.
+        classes: outputs of the linear layer.
+    """
+    return 2 * (16 * 16 - 4 * 4) * channels * classes
+
+
+def effnet_early_pool(in_channels: int, expansion: int) -> int:
+    """What the FLOPs of a revised EffNet are too low by in the paper's Tables 5 and 6 (not in Table 7).
+
+    The last block's 3x1 depthwise convolution is counted on the 4 x 4 map behind its pool, not on 8 x 4 as it runs.
+
+    Args:
+        in_channels: of the last block; 2 * floor(in_channels * expansion / 2) go through that convolution.
+        expansion: the expansion rate.
+    """
+    return 2 * (8 * 4 - 4 * 4) * 3 * (2 * (in_channels * expansion // 2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# VGNet
+# ---------------------------------------------------------------------------------------------------------------------
+
+_VGNET = rules_of(
+    (CONV, conv_macs),
+    (LINEAR_WITH_BIAS, linear_macs),
+    (BATCH_NORM, per_output(2)),
+    (GLOBAL_POOL, per_input(1)),
+)
+
+
+def vgnet_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
+    """FLOPs as the results.md of ffiirree/cv-models counts them (by fvcore); the VGNet paper prints none.
+
+    Multiply-accumulates of convolutions and linear layers; batch norms 2 an element, average pools 1 an input element;
+    activations and the squeeze-excites' products nothing.
+
+    Args:
+        model: a network of stock modules.
+        input_size: [N, C, H, W].
+    """
+    return count_flops(model, input_size, _VGNET)
