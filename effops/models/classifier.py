@@ -49,6 +49,11 @@ class ImageClassifier(nn.Module):
     num_classes: int
     classifier: nn.Module
 
+    @property
+    def head_hidden_size(self) -> int:
+        """The classifier's inputs: the pooled features. (timm's word for it.)"""
+        return self.num_features
+
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_features, h, w]."""
         raise NotImplementedError
@@ -75,7 +80,7 @@ class ImageClassifier(nn.Module):
         parameter = next(self.parameters())
         self.num_classes = num_classes
         self._set_classifier(
-            nn.Linear(self.num_features, num_classes, device=parameter.device, dtype=parameter.dtype)
+            nn.Linear(self.head_hidden_size, num_classes, device=parameter.device, dtype=parameter.dtype)
             if num_classes
             else nn.Identity()
         )
