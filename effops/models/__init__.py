@@ -1,6 +1,6 @@
 """The registry's models. Importing this package registers all of them."""
 
-from effops.models import bsconv, effnet, mobilenetv2, nuts_and_bolts, vgnet
+from effops.models import bsconv, effnet, mobilenetv2, multiception, nuts_and_bolts, vgnet
 from effops.models.registry import create_model, is_model, list_models, register_model
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "is_model",
     "list_models",
     "mobilenetv2",
+    "multiception",
     "nuts_and_bolts",
     "register_model",
     "vgnet",
