@@ -46,7 +46,11 @@ PUBLISHED = {
     "vgnetg_2_5mp": ("2.493", "0.403"),
     "vgnetg_2_5mp_se": ("2.922", "0.405"),
 }
-NEW = ("vgnetg_1_0mp_se", "vgnetc_1_5mp", "vgnetf2_1_5mp", "vgnetf3_1_5mp")
+SLOW = pytest.mark.slow_interpreted("whole networks take long; vgnetf2_1_5mp and the blocks' own tests are run")
+NEW = [
+    "vgnetf2_1_5mp",
+    *(pytest.param(name, marks=SLOW) for name in ("vgnetg_1_0mp_se", "vgnetc_1_5mp", "vgnetf3_1_5mp")),
+]
 
 
 @pytest.fixture(autouse=True)
