@@ -138,6 +138,11 @@ def test_mean_reduction_of_table_5() -> None:
     assert f"{mean(live):.2f}" == "32.73"
 
 
+def test_last_stage_has_two_banks() -> None:
+    """The paper's text ("only 3x3", a DSConv) would give another network than its Table 5."""
+    assert parameters_of(on_meta("resnet50", kernel_sizes=((3, 5, 7), (3, 5), (3,)))) == 473_434
+
+
 def test_dead_shortcuts_are_dead() -> None:
     model = create_model("multiception_shakenet26_2x96d", dead_shortcuts=True)
     dead = {key for key, _ in model.named_parameters() if ".shortcut." in key and ".0.shortcut." not in key}
@@ -273,6 +278,17 @@ def test_shaking_under_vmap() -> None:
     grads = torch.func.vmap(torch.func.grad(loss), randomness="different")(a, b)
     assert torch.equal(grads, grads[:, :1, :1, :1].expand_as(grads))
     assert len(grads[:, 0, 0, 0].unique()) == 4
+
+
+def test_shaking_compiles() -> None:
+    compiled = torch.compile(ShakeShake(), backend="aot_eager", fullgraph=True)
+    a, b = (image(3, 2, 2, 2, seed=seed).requires_grad_() for seed in (1, 2))
+    y = compiled(a, b)
+    grad_a, grad_b = torch.autograd.grad(y.sum(), (a, b))
+    alpha = ((y - b) / (a - b)).detach()
+    torch.testing.assert_close(alpha, alpha[:, :1, :1, :1].expand_as(alpha))
+    torch.testing.assert_close(grad_a + grad_b, torch.ones_like(a))
+    assert not torch.isclose(alpha, grad_a).any()
 
 
 def test_shaking_of_half_types_and_empty_batches() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -156,3 +157,19 @@ def test_errors_of_the_new_arguments() -> None:
         modules.DownsamplingBlock(8, 8, se="se")
     with pytest.raises(TypeError, match="HalfIdentityBlock: dw_norm must be None or a factory"):
         modules.HalfIdentityBlock(8, dw_norm=3)
+
+
+def test_fixed_kernels_and_squeeze_excites_compile_and_export() -> None:
+    torch.manual_seed(0)
+    blocks = nn.Sequential(
+        modules.DownsamplingBlock(16, 32, se=modules.SqueezeExcite),
+        modules.HalfIdentityBlock(32, bank="vgnet8", dw_norm=BN, se=modules.SqueezeExcite),
+    )
+    x = image(2, 16, 12, 12).float()
+    for train in (False, True):
+        eager, traced = copy.deepcopy(blocks).train(train), copy.deepcopy(blocks).train(train)
+        compiled = torch.compile(traced, backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), eager(x))
+        torch.testing.assert_close(traced.state_dict(), eager.state_dict())
+    exported = torch.export.export(blocks.eval(), (x,)).module()
+    torch.testing.assert_close(tuple(exported(x)), tuple(blocks(x)))

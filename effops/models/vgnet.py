@@ -52,7 +52,7 @@ _SIZES = {
     "2_5mp": ((32, 80, 192, 400, 544), (2, 5, 15, 1)),
 }
 
-# The authors' names in a block, in their order of the alternatives: with fixed kernels, plain, with a squeeze-excite.
+# The authors' names in a block. Fixed kernels and squeeze-excites put a level more around what they stand beside.
 _BLOCK_KEYS = (
     (re.compile(r"downsample\.(\w+)"), r"dw.\1"),
     (re.compile(r"half3x3\.(?:0\.)?weight"), "dw.weight"),
@@ -93,7 +93,6 @@ def vgnet_key_map(keys: Iterable[str]) -> dict[str, str]:
     Returns:
         {old key: new key}. Keys that do not fit, or are the same, are not in it.
     """
-    keys = list(keys)
     return {key: new for key in keys if (new := _own_key(key)) is not None}
 
 

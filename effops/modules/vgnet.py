@@ -140,12 +140,12 @@ class HalfIdentityBlock(_VGNetBlock):
     def forward(self, state: Pair) -> Pair:
         """(left, right) -> (right, new)."""
         left, right = _as_pair_state(type(self).__name__, state)
-        # An empty batch has no statistics; torch lets it pass.
         parts = self._modules
-        empty = len(right) == 0 and takes_batch_statistics(parts["dw_norm"])
-        if empty or not self._fuses():
+        dw, dw_norm, pw = parts["dw"], parts["dw_norm"], parts["pw"]
+        # An empty batch has no statistics; torch lets it pass.
+        if not self._fuses() or (len(right) == 0 and takes_batch_statistics(dw_norm)):
             return self._forward_unfused(left, right)
-        dw, pw = parts["dw"], parts["pw"]
+        between = {} if type(dw_norm) is nn.Identity else self._between(right)
         stages = self._stages()
         epilogue, fused = fill_epilogue(stages)
         right, new = EF.half_identity2d(
@@ -156,7 +156,7 @@ class HalfIdentityBlock(_VGNetBlock):
             dw.bias,
             pw.bias,
             dw.padding,
-            **self._between(right),
+            **between,
             **epilogue,
             backend=self.backend,
         )
@@ -165,8 +165,6 @@ class HalfIdentityBlock(_VGNetBlock):
     def _between(self, right: Tensor) -> dict[str, Tensor]:
         """dw_norm's scale and shift for the kernel; in training on this batch, without dw's result in memory."""
         dw, dw_norm = self._modules["dw"], self._modules["dw_norm"]
-        if type(dw_norm) is nn.Identity:
-            return {}
         affine = norm_stage(dw_norm, self.backend).affine or self._statistics(right, dw, dw_norm)
         return {"dw_scale": affine[0], "dw_shift": affine[1]}
 
