@@ -349,6 +349,20 @@ def test_shifted_shortcut_by_hand() -> None:
     torch.testing.assert_close(odd[0, 96:, 2, 2], edge[96:])
 
 
+def test_initialisation() -> None:
+    """He's, by fan-in for the ResNets and by fan-out for ShakeNet; squeeze-excites as torch's linear layers."""
+    for net, mode in (("senet56", 0), ("shakenet26_2x96d", 1)):
+        model = create_model(f"multiception_{net}")
+        conv = next(m for m in model.stages[2][0].modules() if isinstance(m, nn.Conv2d) and m.weight[0, 0].numel() == 9)
+        dense = next(m for m in model.stages[2].modules() if isinstance(m, nn.Conv2d) and m.weight[0].numel() > 500)
+        for module in (conv, dense):
+            fans = nn.init._calculate_fan_in_and_fan_out(module.weight)
+            torch.testing.assert_close(module.weight.std(), torch.tensor((2 / fans[mode]) ** 0.5), rtol=0.1, atol=0)
+        assert (model.classifier.bias == 0).all() == (net != "senet56")
+    excite = create_model("multiception_senet56").stages[2][0].se.reduce
+    assert excite.weight.abs().max() <= 64**-0.5
+
+
 def test_kernel_sizes() -> None:
     """Table 4's other sizes, in the first stage; of MixConv as well."""
     model = on_meta("resnet20", kernel_sizes=((3, 7), (3,), [5, 5]))

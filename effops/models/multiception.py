@@ -95,6 +95,13 @@ def _units(layers: ModuleType, conv: str, kernel_sizes: Sequence[Sizes] | None, 
     return [partial(_UNITS[conv], layers, sizes, act) for sizes in kernel_sizes]
 
 
+def _initialise(model: nn.Module, mode: str) -> None:
+    """He initialisation of the convolutions, as the authors do it; not of squeeze-excites, their linear layers."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d) and ".se." not in name:
+            nn.init.kaiming_normal_(module.weight, mode=mode)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # ResNet and SeNet
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,6 +170,7 @@ class CifarResNet(ImageClassifier):
         self.num_features = channels
         self.num_classes = num_classes
         self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        _initialise(self, "fan_in")
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 64, H / 4, W / 4]."""
@@ -214,7 +222,7 @@ class ShakeShake(nn.Module):
 
 
 class _ShiftedShortcut(nn.Module):
-    """norm(cat[1x1(x), 1x1(x shifted by a pixel)]), both subsampled by the stride: half of the channels each."""
+    """norm(cat[1x1(x), 1x1(x moved up and left by a pixel)]), subsampled by the stride: half of the channels each."""
 
     def __init__(self, channels: int, out_channels: int, stride: int) -> None:
         super().__init__()
@@ -298,6 +306,9 @@ class ShakeNet(ImageClassifier):
         self.num_features = channels
         self.num_classes = num_classes
         self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
+        _initialise(self, "fan_out")
+        if num_classes:
+            nn.init.zeros_(self.classifier.bias)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, 384, h, w]."""
