@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from module_helpers import BN, Inputs, compare, image, randomise
 from torch import nn
 
+import effops.functional as EF
 from effops import backends, modules
 from effops.ops.dwconv import banks
 
@@ -173,3 +174,29 @@ def test_fixed_kernels_and_squeeze_excites_compile_and_export() -> None:
         torch.testing.assert_close(traced.state_dict(), eager.state_dict())
     exported = torch.export.export(blocks.eval(), (x,)).module()
     torch.testing.assert_close(tuple(exported(x)), tuple(blocks(x)))
+
+
+@pytest.mark.parametrize("make", ("half", "down"))
+def test_squeeze_excite_takes_the_sums_over(make: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From the kernel in eval; in training, with a hook or with an activation that no kernel knows it takes its own."""
+    seen: list[bool] = []
+    excite = EF.squeeze_excite2d
+
+    def spy(*args: Any, sums: Any = None, **others: Any) -> torch.Tensor:
+        seen.append(sums is not None)
+        return excite(*args, sums=sums, **others)
+
+    monkeypatch.setattr(EF, "squeeze_excite2d", spy)
+
+    def run(act: Any = "relu", train: bool = False, hook: bool = False) -> bool:
+        block = {
+            "half": lambda: modules.HalfIdentityBlock(32, act=act, se=modules.SqueezeExcite),
+            "down": lambda: modules.DownsamplingBlock(16, 40, act=act, se=modules.SqueezeExcite),
+        }[make]()
+        if hook:
+            block.se.register_forward_hook(lambda *_: None)
+        block.train(train)(PAIR if make == "half" else torch.cat(PAIR, 1)[:, :16])
+        return seen.pop()
+
+    assert run() and run("silu")
+    assert not run(nn.Mish) and not run(train=True) and not run(hook=True)

@@ -102,11 +102,16 @@ class SqueezeExcite(nn.Module):
         }
         return {prefix + name: value for name, value in named.items()}
 
-    def forward(self, input: Tensor) -> Tensor:
-        """[N, C, H, W] -> [N, C, H, W]."""
+    def forward(self, input: Tensor, sums: Tensor | None = None) -> Tensor:
+        """[N, C, H, W] -> [N, C, H, W].
+
+        Args:
+            input: the map.
+            sums: its sums over each image, [N, C], where its producer took them: see `squeeze_excite2d`.
+        """
         if self.fusion_reasons():
             return self._forward_unfused(input)
-        return EF.squeeze_excite2d(input, **self.arguments(), backend=self.backend)
+        return EF.squeeze_excite2d(input, **self.arguments(), sums=sums, backend=self.backend)
 
     def _forward_unfused(self, input: Tensor) -> Tensor:
         gates = self.expand(self.act(self.reduce(input.mean((2, 3), keepdim=True))))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,7 @@ from effops.modules._norms import (
     update_running_statistics,
 )
 from effops.modules.dwconv import FixedFilterConv2d, kernels_of
+from effops.modules.se import SqueezeExcite
 from effops.ops.dwconv import banks
 
 Pair = tuple[Tensor, Tensor]
@@ -65,10 +67,15 @@ class _VGNetBlock(FusedBlock):
         se = self._modules["se"]
         return type(se) is not nn.Identity or tampered(se) is not None
 
-    def _finished(self, new: Tensor, stages: Iterable[Stage]) -> Tensor:
+    def _pools(self, epilogue: dict[str, Any], rest: Sequence[Stage]) -> bool:
+        """Whether the kernel takes the sums that the squeeze-excite wants: of what it stores, if that is the result."""
+        se = self._modules["se"]
+        return not rest and "batch_norm" not in epilogue and type(se) is SqueezeExcite and tampered(se) is None
+
+    def _finished(self, new: Tensor, rest: Sequence[Stage], sums: Iterable[Tensor] = ()) -> Tensor:
         """The new channels behind the kernel: the stages that it did not take, and the squeeze-excite."""
-        new = run_stages(new, stages)
-        return self.se(new) if self._excites() else new
+        new = run_stages(new, rest)
+        return self.se(new, *sums) if self._excites() else new
 
     def _new(self, z: Tensor) -> Tensor:
         """The new channels by the sub-modules, one by one."""
@@ -80,8 +87,8 @@ class HalfIdentityBlock(_VGNetBlock):
 
     Half of the channels go through a depthwise convolution, the others through nothing; the pointwise convolution reads
     both where they lie, so neither the concatenation nor the depthwise result goes to memory. In training dw_norm's
-    statistics are taken from the depthwise convolution without storing its result. The squeeze-excite is called on the
-    kernel's result.
+    statistics are taken from the depthwise convolution without storing its result. A squeeze-excite takes the sums that
+    it needs over from the kernel, where no batch statistics come between.
 
     Args:
         channels: of both halves together; even.
@@ -148,7 +155,8 @@ class HalfIdentityBlock(_VGNetBlock):
         between = {} if type(dw_norm) is nn.Identity else self._between(right)
         stages = self._stages()
         epilogue, fused = fill_epilogue(stages)
-        right, new = EF.half_identity2d(
+        rest = stages[fused:]
+        right, new, *sums = EF.half_identity2d(
             left,
             right,
             kernels_of(dw),
@@ -158,9 +166,10 @@ class HalfIdentityBlock(_VGNetBlock):
             dw.padding,
             **between,
             **epilogue,
+            pool=self._pools(epilogue, rest),
             backend=self.backend,
         )
-        return right, self._finished(new, stages[fused:])
+        return right, self._finished(new, rest, sums)
 
     def _between(self, right: Tensor) -> dict[str, Tensor]:
         """dw_norm's scale and shift for the kernel; in training on this batch, without dw's result in memory."""
@@ -252,6 +261,8 @@ class DownsamplingBlock(_VGNetBlock):
         dw, pw = parts["dw"], parts["pw"]
         stages = self._stages()
         epilogue, fused = fill_epilogue(stages)
+        rest = stages[fused:]
+        pool = self._pools(epilogue, rest)
         output = EF.downsampling2d(
             input,
             kernels_of(dw),
@@ -262,12 +273,14 @@ class DownsamplingBlock(_VGNetBlock):
             dw.padding,
             keep=self.keep,
             **epilogue,
+            pool=pool,
             backend=self.backend,
         )
-        if fused == len(stages) and not self._excites():
+        output, *sums = output if pool else (output,)
+        if not rest and not self._excites():
             return output.chunk(2, 1)
         kept, new = output[:, : self.keep], output[:, self.keep :]
-        return self._halves(kept, self._finished(new, stages[fused:]))
+        return self._halves(kept, self._finished(new, rest, sums))
 
     def _forward_unfused(self, input: Tensor) -> Pair:
         y = self.dw(input)
