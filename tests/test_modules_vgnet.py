@@ -192,7 +192,7 @@ def test_squeeze_excite_takes_the_sums_over(make: str, monkeypatch: pytest.Monke
         block = {
             "half": lambda: modules.HalfIdentityBlock(32, act=act, se=modules.SqueezeExcite),
             "down": lambda: modules.DownsamplingBlock(16, 40, act=act, se=modules.SqueezeExcite),
-        }[make]()
+        }[make]().double()
         if hook:
             block.se.register_forward_hook(lambda *_: None)
         block.train(train)(PAIR if make == "half" else torch.cat(PAIR, 1)[:, :16])
