@@ -175,7 +175,7 @@ TAILS: dict[str, tuple[str, int, dict[str, Any]]] = {
     "act_norm_residual_post_act": ("U", 12, {"padding": None, **ACT_NORM, "residual": True, "post_act": "silu"}),
     "two_slopes": ("U", 12, {"act": partial(nn.LeakyReLU, 0.3), "post_act": partial(nn.LeakyReLU, 0.1)}),
     # The activation ahead of the norm: else that would leave the gradient of bn's weight nothing but rounding.
-    "reflect-bn": ("U", 12, {"padding": 1, "padding_mode": "reflect", "with_bn": True, **ACT_NORM, "residual": True}),
+    "reflect-bn": ("U", 12, {**UNBIASED, **ACT_NORM, "padding_mode": "reflect", "with_bn": True, "residual": True}),
     "s": ("S", 20, {**UNBIASED, "p": 0.5, "norm": BN, "act": "silu"}),
     "s-bn": ("S", 12, {**UNBIASED, "with_bn": True, "bn_kwargs": {"affine": False}, "norm": BN, "residual": True,
                        "post_act": "silu"}),
