@@ -266,7 +266,7 @@ def test_keys_of_the_package() -> None:
         "backbone.data_bn.weight": "data_bn.weight",
         "backbone.stage2.unit1.conv_dw.bn.weight": "features.stage2.unit1.dw_norm.weight",
         "backbone.stage2.unit1.conv_pw.conv.weight": "features.stage2.unit1.pw.weight",
-        "backbone.stage3.unit2.0.dw.weight": "features.stage3.unit2.conv.dw.weight",
+        "backbone.stage3.unit2.0.dw.weight": "features.stage3.unit2.dw.weight",
         "backbone.stage3.unit2.1.running_var": "features.stage3.unit2.norm.running_var",
     }
 
@@ -395,8 +395,9 @@ def test_units_of_mobilenetv1() -> None:
     assert isinstance(standard, effops.FusedDSConv) and standard.norm_first
     assert isinstance(standard.dw_act, nn.ReLU) and isinstance(standard.act, nn.ReLU)
     blueprint = create_model("mobilenetv1_bsconvu").features.stage2.unit1
-    assert [name for name, _ in blueprint.named_children()] == ["conv", "norm", "act"]
-    assert isinstance(blueprint.conv.bn, nn.Identity) and blueprint.conv.dw.stride == (2, 2)
+    assert isinstance(blueprint, effops.BSConvU) and isinstance(blueprint.norm, nn.BatchNorm2d)
+    assert isinstance(blueprint.act, nn.ReLU) and blueprint.fusion_reasons() == ()
+    assert isinstance(blueprint.bn, nn.Identity) and blueprint.dw.stride == (2, 2)
     assert isinstance(create_model("mobilenetv1_bsconvu").features.stem.conv, nn.Conv2d)
 
 

@@ -53,7 +53,7 @@ class MobileNetV1(BlueprintClassifier):
         (r"\.conv_dw\.norm\.", ".dw_norm."),
         (r"\.conv_pw\.conv\.", ".pw."),
         (r"\.conv_pw\.norm\.", ".norm."),
-        (r"(\.unit\d+)\.0\.", r"\1.conv."),  # BSConv-U: a Sequential of the convolution, the batch norm and ReLU
+        (r"(\.unit\d+)\.0\.", r"\1."),  # BSConv-U: a Sequential of the convolution, the batch norm and ReLU
         (r"(\.unit\d+)\.1\.", r"\1.norm."),
     )
 
