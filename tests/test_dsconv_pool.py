@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import BIAS_RELU, FULL, DsCase, Epi, ids
 from helpers import (
     Tensors,
@@ -88,6 +89,27 @@ def excitation(channels: int, dtype: torch.dtype = torch.float32) -> list[Tensor
 def excite(y: Tensor, sums: Tensor | None, backend: str, weights: list[Tensor] | None = None) -> Tensor:
     weights = weights or excitation(y.shape[1], y.dtype)
     return EF.squeeze_excite2d(y, weights[0], None, weights[1], None, activation="silu", sums=sums, backend=backend)
+
+
+def excited(tensors: Tensors, case: DsCase, backend: str) -> Tensor:
+    """The convolution and a squeeze-excite behind it that takes its sums over."""
+    output, sums = pooled(tensors, case, backend)
+    weights = [weight.to(output.device) for weight in excitation(case.k, output.dtype)]
+    return excite(output[:, case.keep :], sums, backend, weights)
+
+
+def oracle_excited(tensors: Tensors, case: DsCase) -> Tensor:
+    y = oracle(tensors, case)[:, case.keep :]
+    reduce, expand = [weight.to(y.device) for weight in excitation(case.k, y.dtype)]
+    return y * F.conv2d(F.silu(F.conv2d(y.mean((2, 3), True), reduce)), expand).sigmoid()
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.n], ids=ids([case for case in CASES if case.n]))
+def test_excited(case: DsCase, backend: str) -> None:
+    case = sized_for(case, backend)
+    tensors = make_tensors(case, torch.float32)
+    truth, yardstick = oracle_excited(to_float64(tensors), case), oracle_excited(tensors, case)
+    assert_within_budget(excited(tensors, case, backend), truth, yardstick, case.id)
 
 
 @pytest.mark.parametrize("name", ("vgnet-28", "keep", "nchw"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import test_blurmaxpool
+import test_dsconv_pool
 import test_mbconv
 import test_multiception
 import test_se
@@ -100,6 +101,14 @@ ROOMS = {
         _call_se,
         lambda t, c: test_se.oracle(t, c.activation, c.gate),
         lambda c: smooth_squeeze_excite(c.activation, c.gate),
+    ),
+    "pooled": Room(
+        "dsconv",
+        [case for case in test_dsconv_pool.CASES if case.n],
+        make_tensors,
+        test_dsconv_pool.excited,
+        test_dsconv_pool.oracle_excited,
+        lambda c: not has_kinks(c.dw, c.pw),
     ),
     "blur_max_pool": Room(
         "blur_max_pool",
