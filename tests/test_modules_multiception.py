@@ -47,7 +47,7 @@ BLOCKS: dict[str, tuple[type[nn.Module], tuple, dict[str, Any], tuple[int, ...]]
     "no_norms": (MulticeptionConv2d, (4, 6, ((1, 3), 5)), {"dw_norm": None, "norm": None, "bias": False}, (2, 4, 6, 7)),
     # Of a size where neither rounding nor cancellation decides the float32 comparison.
     "group_norm_behind": (MulticeptionConv2d, (8, 12), {"norm": lambda c: nn.GroupNorm(2, c)}, (2, 8, 8, 9)),
-    "group_norm_between": (MulticeptionConv2d, (4, 6), {"dw_norm": lambda c: nn.GroupNorm(2, c)}, (2, 4, 6, 7)),
+    "group_norm_between": (MulticeptionConv2d, (4, 6), {"dw_norm": lambda c: nn.GroupNorm(2, c)}, (2, 4, 6, 6)),
     "mix-s2": (MixConv2d, (11, 8), {"stride": 2, "norm": BN, "act": "silu"}, (3, 11, 9, 8)),
     "mix-norm_between": (MixConv2d, (7, 5, (3, 5), (2, 1)), {"dw_norm": BN, "norm": BN}, (3, 7, 9, 8)),
     "mix-dense": (MixConv2d, (7, 11), {"dense": True, "stride": 2}, (2, 7, 9, 8)),
