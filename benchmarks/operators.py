@@ -6,12 +6,13 @@ from typing import NamedTuple
 
 
 class Operator(NamedTuple):
-    """A row: its name among a backend's `operators`, its public functions and modules, the paper it is from."""
+    """A row: its name among a backend's `operators`, its public functions, modules and `torch.autograd.Function`s."""
 
     op: str
     what: str
     functions: tuple[str, ...]
     modules: tuple[str, ...]
+    autograd: tuple[str, ...] = ()
 
 
 OPERATORS = (
@@ -20,36 +21,59 @@ OPERATORS = (
         "depthwise, shared kernels, fixed filters",
         ("depthwise_conv2d", "shared_depthwise_conv2d", "fixed_filter_conv2d"),
         ("DepthwiseConv2d", "SharedDepthwiseConv2d", "FixedFilterConv2d", "BlurPool2d"),
+        ("DepthwiseConv2dFunction",),
     ),
-    Operator("dwconv_stats", "statistics of a depthwise result that is not stored", ("depthwise_stats2d",), ()),
+    Operator(
+        "dwconv_stats",
+        "statistics of a depthwise result that is not stored",
+        ("depthwise_stats2d",),
+        (),
+        ("DepthwiseStatsFunction",),
+    ),
     Operator(
         "dsconv",
         "depthwise, then pointwise",
         ("ds_conv2d", "half_identity2d", "downsampling2d"),
         ("FusedDSConv", "HalfIdentityBlock", "DownsamplingBlock"),
+        ("DSConv2dFunction", "DSConvNorm2dFunction", "DSConvPool2dFunction"),
     ),
     Operator(
         "dsconv_parts",
         "several depthwise windows side by side, then pointwise",
         ("multiception_conv2d", "mix_conv2d"),
         ("MulticeptionConv2d", "MixConv2d"),
+        ("DSConvParts2dFunction",),
     ),
-    Operator("bsconv", "pointwise (one or two), then depthwise", ("bs_conv2d",), ("BSConvU", "BSConvS")),
+    Operator(
+        "bsconv",
+        "pointwise (one or two), then depthwise",
+        ("bs_conv2d",),
+        ("BSConvU", "BSConvS"),
+        ("BSConv2dFunction",),
+    ),
     Operator(
         "mbconv",
         "pointwise, depthwise, squeeze-excite, pointwise",
         ("inverted_residual2d",),
         ("InvertedResidual",),
+        ("InvertedResidual2dFunction",),
     ),
-    Operator("se", "squeeze-excite", ("squeeze_excite2d",), ("SqueezeExcite",)),
+    Operator("se", "squeeze-excite", ("squeeze_excite2d",), ("SqueezeExcite",), ("SqueezeExcite2dFunction",)),
     Operator(
         "sepconv",
         "1xS, max pool, Rx1, max pool",
         ("separable_conv_pool2d",),
         ("SeparableConvPool2d",),
+        ("SeparableConvPool2dFunction",),
     ),
     Operator("effnet", "EffNet's whole block", (), ("EffNetBlock",)),
-    Operator("blur_max_pool", "max pool, then blur with stride", ("blur_max_pool2d",), ("BlurMaxPool2d",)),
+    Operator(
+        "blur_max_pool",
+        "max pool, then blur with stride",
+        ("blur_max_pool2d",),
+        ("BlurMaxPool2d",),
+        ("BlurMaxPool2dFunction",),
+    ),
 )
 INFERENCE_ONLY = {"effnet"}
 # Where without a GPU; the names of GPUs come from committed results.

@@ -26,6 +26,8 @@ from effops import _library, gpu_choice
 from effops.ops.higher_order import transformed
 from effops.ops.registration import CUDA_HOST, INTERPRETING
 
+__all__ = ["ExplainedCall", "Explanation", "explain", "names", "use_backend"]
+
 ENV_VARIABLE = "EFFOPS_BACKEND"
 INTERPRETED_BFLOAT16_PRODUCT = "Triton's interpreter multiplies bfloat16 matrices wrongly"
 _TRANSFORMED = "functorch transforms (vmap, grad, jvp) and forward-mode AD need differentiable torch ops"
@@ -222,7 +224,12 @@ BACKENDS: list[Backend] = [_Triton(), _Cuda(), _Cpp(), _Reference()]
 
 
 def names() -> tuple[str, ...]:
-    """What `backend=`, `use_backend` and EFFOPS_BACKEND accept."""
+    """What `backend=`, `use_backend` and EFFOPS_BACKEND accept.
+
+    Example:
+        >>> effops.backends.names()
+        ('auto', 'triton', 'cuda', 'cpp', 'reference')
+    """
     return ("auto", *(backend.name for backend in BACKENDS))
 
 
@@ -248,6 +255,13 @@ def use_backend(name: str) -> Iterator[None]:
     Raises:
         TypeError: the name is not a string.
         ValueError: an unknown name.
+
+    Example:
+        >>> conv, x = effops.DepthwiseConv2d(8), torch.randn(1, 8, 9, 9)
+        >>> with effops.use_backend("reference"):
+        ...     y = conv(x)
+        >>> torch.equal(y, F.conv2d(x, conv.weight, padding=1, groups=8))
+        True
     """
     global _selected
     _check_name(name, "use_backend")
@@ -355,7 +369,13 @@ def _refusal(call: Call, wanted: Backend) -> str:
 
 
 class ExplainedCall(NamedTuple):
-    """One effops call of a forward: who made it, what it was, which backend took it and why the others did not."""
+    """One effops call of a forward: who made it, what it was, which backend took it and why the others did not.
+
+    Example:
+        >>> call = effops.explain(effops.SqueezeExcite(16), torch.randn(1, 16, 9, 9)).calls[0]
+        >>> call.function, call.input, call.kernel
+        ('squeeze_excite2d', 'float32[1,16,9,9] on cpu', 'squeeze-excite')
+    """
 
     module: str
     function: str
@@ -371,6 +391,11 @@ class Explanation:
 
     Attributes:
         calls: one `ExplainedCall` per effops call, in order.
+
+    Example:
+        >>> print(effops.explain(effops.FusedDSConv(8, 16), torch.randn(1, 8, 9, 9)))
+        module  function   input                    kernel     output      backend ...
+        -       ds_conv2d  float32[1,8,9,9] on cpu  3x3 + 1x1  [1,16,9,9] ...
     """
 
     def __init__(self, calls: list[ExplainedCall]) -> None:
@@ -446,6 +471,13 @@ def explain(model: Callable[..., Any], *inputs: Any, **kwargs: Any) -> Explanati
 
     Raises:
         TypeError: the model is not callable.
+
+    Example:
+        >>> model = nn.Sequential(effops.FusedDSConv(8, 16, stride=2), effops.InvertedResidual(16, 16)).eval()
+        >>> for call in effops.explain(model, torch.randn(1, 8, 32, 32)).calls:
+        ...     print(call.module, call.function, call.kernel, call.output)
+        0 ds_conv2d 3x3 stride 2x2 + 1x1 [1,16,16,16]
+        1 inverted_residual2d 1x1 + 3x3 + 1x1 [1,16,16,16]
     """
     global _recorder
     if not callable(model):

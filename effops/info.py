@@ -9,6 +9,8 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
+__all__ = ["collect", "text"]
+
 # Every environment variable that effops or its build reads.
 ENVIRONMENT = (
     "EFFOPS_BACKEND",
@@ -106,7 +108,14 @@ def _effops() -> str:
 
 
 def collect() -> dict[str, Any]:
-    """The report as a dictionary of plain values."""
+    """The report as a dictionary of plain values.
+
+    Example:
+        >>> from effops import info
+        >>> report = info.collect()
+        >>> report["effops"] == effops.__version__, report["backends"]["reference"]
+        (True, 'works')
+    """
     return {
         "effops": _safe(_effops),
         "python": platform.python_version(),
@@ -124,7 +133,15 @@ def collect() -> dict[str, Any]:
 
 
 def text(report: dict[str, Any], indent: int = 0) -> str:
-    """The report as indented lines."""
+    """The report as indented lines.
+
+    Example:
+        >>> from effops import info
+        >>> print(info.text({"backends": {"reference": "works"}, "gpus": ["none"]}))
+        backends:
+          reference: works
+        gpus: none
+    """
     lines = []
     for key, value in report.items():
         if isinstance(value, dict):

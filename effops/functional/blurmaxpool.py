@@ -114,6 +114,13 @@ def blur_max_pool2d(
         RuntimeError: the backend asked for by name cannot run this.
 
     Making Convolutional Networks Shift-Invariant Again (arXiv 1904.11486), 3.2.
+
+    Example:
+        >>> x = torch.randn(1, 8, 14, 14)
+        >>> y = EF.blur_max_pool2d(x)
+        >>> stock = EF.fixed_filter_conv2d(F.max_pool2d(x, 2, 1), "binomial3", stride=2)
+        >>> y.shape, torch.allclose(y, stock, atol=1e-6)
+        (torch.Size([1, 8, 7, 7]), True)
     """
     op = "blur_max_pool2d"
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:

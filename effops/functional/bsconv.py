@@ -152,6 +152,13 @@ def bs_conv2d(
         RuntimeError: the backend asked for by name cannot run this.
 
     "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.2 (BSConv-U) and 3.3 (BSConv-S).
+
+    Example:
+        >>> x, pw, dw = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 1, 1), torch.randn(16, 1, 3, 3)
+        >>> y = EF.bs_conv2d(x, pw, dw, padding=1, activation="relu")
+        >>> stock = F.relu(F.conv2d(F.conv2d(x, pw), dw, padding=1, groups=16))
+        >>> y.shape, torch.allclose(y, stock, atol=1e-4)
+        (torch.Size([2, 16, 9, 9]), True)
     """
     op = "bs_conv2d"
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:

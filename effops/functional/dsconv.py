@@ -206,6 +206,13 @@ def ds_conv2d(
         RuntimeError: the backend asked for by name cannot run this.
 
     MobileNets (arXiv 1704.04861, 3.1); with passthrough and keep, VGNet's blocks (arXiv 2207.10318).
+
+    Example:
+        >>> x, dw, pw = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> y = EF.ds_conv2d(x, dw, pw, stride=2, padding=1, dw_activation="relu6")
+        >>> stock = F.conv2d(F.relu6(F.conv2d(x, dw, stride=2, padding=1, groups=8)), pw)
+        >>> y.shape, torch.allclose(y, stock, atol=1e-4)
+        (torch.Size([2, 16, 5, 5]), True)
     """
     return _separable(
         "ds_conv2d", input, passthrough, dw_weight, dw_bias, pw_weight, pw_bias, stride, padding, dilation,
@@ -263,6 +270,14 @@ def half_identity2d(
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
 
     VGNet (arXiv 2207.10318), HalfIdentityBlock.
+
+    Example:
+        >>> left, right = torch.randn(2, 16, 9, 9).chunk(2, 1)
+        >>> dw, pw = torch.randn(8, 1, 3, 3), torch.randn(8, 16, 1, 1)
+        >>> kept, new = EF.half_identity2d(left, right, dw, pw, activation="relu")
+        >>> stock = F.relu(F.conv2d(torch.cat([left, F.conv2d(right, dw, padding=1, groups=8)], 1), pw))
+        >>> kept is right, torch.allclose(new, stock, atol=1e-4)
+        (True, True)
     """
     op = "half_identity2d"
     check.require_image(op, "left", left, "[N,C,H,W]")
@@ -324,6 +339,13 @@ def downsampling2d(
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
 
     VGNet (arXiv 2207.10318), DownsamplingBlock.
+
+    Example:
+        >>> x, pw = torch.randn(2, 8, 14, 14), torch.randn(24, 8, 1, 1)
+        >>> y = EF.downsampling2d(x, "vgnet_blur", pw, keep=8, activation="relu")
+        >>> blurred = EF.fixed_filter_conv2d(x, "vgnet_blur", stride=2)
+        >>> y.shape, torch.allclose(y[:, :8], blurred, atol=1e-5)
+        (torch.Size([2, 32, 7, 7]), True)
     """
     return _separable(
         "downsampling2d", input, None, dw_weight_or_bank, dw_bias, pw_weight, pw_bias, stride, padding, dilation,

@@ -94,6 +94,13 @@ def depthwise_conv2d(
         RuntimeError: the backend asked for by name cannot run this.
 
     The first half of the depthwise separable convolution (MobileNets, arXiv 1704.04861, 3.1).
+
+    Example:
+        >>> x, weight, bias = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(8)
+        >>> y = EF.depthwise_conv2d(x, weight, bias, padding=1, activation="relu")
+        >>> stock = F.relu(F.conv2d(x, weight, bias, padding=1, groups=8))
+        >>> y.shape, torch.allclose(y, stock, atol=1e-5)
+        (torch.Size([2, 8, 9, 9]), True)
     """
     return _depthwise(
         "depthwise_conv2d", input, weight, bias, stride, padding, dilation, 1, 1,
@@ -135,6 +142,13 @@ def shared_depthwise_conv2d(
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`.
 
     VGNet's last depthwise convolution (arXiv 2207.10318), with C / B = 8.
+
+    Example:
+        >>> x, weight = torch.randn(2, 16, 9, 9), torch.randn(2, 1, 3, 3)
+        >>> y = EF.shared_depthwise_conv2d(x, weight, padding=1)
+        >>> stock = F.conv2d(x, weight.repeat(8, 1, 1, 1), padding=1, groups=16)
+        >>> y.shape, torch.allclose(y, stock, atol=1e-5)
+        (torch.Size([2, 16, 9, 9]), True)
     """
     op = "shared_depthwise_conv2d"
     check.check_input(op, input)
@@ -188,6 +202,14 @@ def fixed_filter_conv2d(
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`; ValueError for an unknown bank.
 
     VGNet's fixed edge and Gaussian kernels (arXiv 2207.10318, Appendix D); blur before subsampling (arXiv 1904.11486).
+
+    Example:
+        >>> x = torch.randn(2, 6, 14, 14)
+        >>> y = EF.fixed_filter_conv2d(x, "binomial3", stride=2)
+        >>> sobel = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [-1.0, 0.0, 1.0]])
+        >>> edges = EF.fixed_filter_conv2d(x, torch.stack([sobel, sobel.T]), multiplier=2)
+        >>> y.shape, edges.shape
+        (torch.Size([2, 6, 7, 7]), torch.Size([2, 12, 14, 14]))
     """
     multiplier = check.check_int("fixed_filter_conv2d", "multiplier", multiplier, 1)
     return _depthwise(
@@ -224,6 +246,15 @@ def depthwise_stats2d(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3)
+        >>> mean, var = EF.depthwise_stats2d(x, weight, padding=1)
+        >>> stored = F.conv2d(x, weight, padding=1, groups=8)
+        >>> torch.allclose(mean, stored.mean((0, 2, 3)), atol=1e-5)
+        True
+        >>> torch.allclose(var, stored.var((0, 2, 3), correction=0), rtol=1e-4)
+        True
     """
     op = "depthwise_stats2d"
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:

@@ -171,6 +171,15 @@ def inverted_residual2d(
 
     Without expansion and squeeze-excite this is `ds_conv2d`. MobileNetV2 (arXiv 1801.04381, 3.3), MobileNetV3 (arXiv
     1905.02244), EfficientNet (arXiv 1905.11946).
+
+    Example:
+        >>> x = torch.randn(2, 8, 9, 9)
+        >>> expand, dw, project = torch.randn(48, 8, 1, 1), torch.randn(48, 1, 3, 3), torch.randn(8, 48, 1, 1)
+        >>> acts = {"expand_activation": "relu6", "dw_activation": "relu6"}
+        >>> y = EF.inverted_residual2d(x, expand, dw, project, padding=1, **acts, residual=x)
+        >>> stock = F.relu6(F.conv2d(F.relu6(F.conv2d(x, expand)), dw, padding=1, groups=48))
+        >>> torch.allclose(y, F.conv2d(stock, project) + x, atol=1e-3)
+        True
     """
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(_OP, input)) is not None:
         operands = (

@@ -256,6 +256,14 @@ def multiception_conv2d(
     Bao, Graeber and Wang, "Depthwise Multiception Convolution for Reducing Network Parameters without Sacrificing
     Accuracy", section III and Algorithm 1. It has C * sum(R * S) + D * K weights; the paper's Eq. 6, 3 C (sum(R * S) +
     K), counts the depthwise weights three times.
+
+    Example:
+        >>> x, pw = torch.randn(2, 8, 9, 9), torch.randn(16, 24, 1, 1)
+        >>> dws = [torch.randn(8, 1, k, k) for k in (3, 5, 7)]
+        >>> y = EF.multiception_conv2d(x, dws, pw)
+        >>> parts = [F.conv2d(x, dw, padding="same", groups=8) for dw in dws]
+        >>> y.shape, torch.allclose(y, F.conv2d(torch.cat(parts, 1), pw), atol=1e-3)
+        (torch.Size([2, 16, 9, 9]), True)
     """
     return _parts_conv(
         "multiception_conv2d", False, input, dw_weights, pw_weight, dw_bias, pw_bias, stride, padding, dilation,
@@ -303,6 +311,14 @@ def mix_conv2d(
         TypeError, ValueError, RuntimeError: as `multiception_conv2d`.
 
     MixConv (arXiv 1907.09595, section 3), with the pointwise convolution that follows it.
+
+    Example:
+        >>> x, pw = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 1, 1)
+        >>> dws = [torch.randn(4, 1, k, k) for k in (3, 5)]
+        >>> y = EF.mix_conv2d(x, dws, pw)
+        >>> parts = [F.conv2d(part, dw, padding="same", groups=4) for part, dw in zip(x.chunk(2, 1), dws)]
+        >>> y.shape, torch.allclose(y, F.conv2d(torch.cat(parts, 1), pw), atol=1e-4)
+        (torch.Size([2, 16, 9, 9]), True)
     """
     return _parts_conv(
         "mix_conv2d", True, input, dw_weights, pw_weight, dw_bias, pw_bias, stride, padding, dilation,

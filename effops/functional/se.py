@@ -100,6 +100,13 @@ def squeeze_excite2d(
         RuntimeError: the backend asked for by name cannot run this.
 
     Squeeze-and-Excitation Networks (arXiv 1709.01507, 3); MobileNetV3 (arXiv 1905.02244, 5.3) with gate="hardsigmoid".
+
+    Example:
+        >>> x, w1, w2 = torch.randn(2, 16, 9, 9), torch.randn(4, 16, 1, 1), torch.randn(16, 4, 1, 1)
+        >>> y = EF.squeeze_excite2d(x, w1, None, w2, None, gate="hardsigmoid")
+        >>> gates = F.hardsigmoid(F.conv2d(F.relu(F.conv2d(x.mean((2, 3), keepdim=True), w1)), w2))
+        >>> torch.allclose(y, x * gates, atol=1e-5)
+        True
     """
     op = "squeeze_excite2d"
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:

@@ -147,6 +147,14 @@ def separable_conv_pool2d(
         RuntimeError: the backend asked for by name cannot run this.
 
     EffNet (arXiv 1801.06434): 4.2 with "row", the revised block of 6.2 with "both".
+
+    Example:
+        >>> x, row, col = torch.randn(2, 8, 16, 16), torch.randn(8, 1, 1, 3), torch.randn(8, 1, 3, 1)
+        >>> y = EF.separable_conv_pool2d(x, row, col, pool="both")
+        >>> z = F.max_pool2d(F.conv2d(x, row, padding=(0, 1), groups=8), (1, 2))
+        >>> stock = F.max_pool2d(F.conv2d(z, col, padding=(1, 0), groups=8), (2, 1))
+        >>> y.shape, torch.allclose(y, stock, atol=1e-5)
+        (torch.Size([2, 8, 8, 8]), True)
     """
     op = "separable_conv_pool2d"
     if torch._C._is_any_autocast_enabled() and (dtype := check.autocast_dtype(op, input)) is not None:

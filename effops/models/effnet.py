@@ -83,6 +83,11 @@ class EffNet(ImageClassifier):
     Shape:
         [N, in_channels, 32, 32] -> [N, num_classes]. Of other sizes the map is average-pooled to 4 x 4, which the paper
         has no need for.
+
+    Example:
+        >>> model = create_model("effnet_v1_cifar10").eval()
+        >>> model.head_hidden_size, model(torch.randn(1, 3, 32, 32)).shape
+        (4096, torch.Size([1, 10]))
     """
 
     def __init__(

@@ -83,6 +83,13 @@ def count_flops(model: nn.Module, input_size: tuple[int, ...], rules: Rules) -> 
 
     Raises:
         ValueError: the model has fused modules, whose operators no rule knows.
+
+    Example:
+        >>> from effops.models.flops import count_flops
+        >>> rules = {torch.ops.aten.relu: lambda args, output: output.numel()}
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU())
+        >>> count_flops(model, (1, 3, 32, 32), rules) == 8 * 32 * 32
+        True
     """
     fused = {
         type(module).__name__ for module in model.modules() if type(module).__module__.startswith("effops.modules")
@@ -156,6 +163,12 @@ def osmr_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
         input_size: [N, C, H, W].
 
     "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), Table 2: to all its digits.
+
+    Example:
+        >>> from effops.models.flops import osmr_flops
+        >>> model = create_model("cifar_resnet20", reference=True)
+        >>> f"{osmr_flops(model, (1, 3, 32, 32)) / 2e6:.1f} M"  # as printed
+        '41.3 M'
     """
     return count_flops(model, input_size, _OSMR)
 
@@ -187,6 +200,12 @@ def bsconv_readme_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     Args:
         model: a network of stock modules.
         input_size: [N, C, H, W].
+
+    Example:
+        >>> from effops.models.flops import bsconv_readme_flops
+        >>> model = create_model("mobilenetv1", width=0.25, input="cifar", num_classes=10, reference=True)
+        >>> f"{bsconv_readme_flops(model, (1, 3, 32, 32)) / 1e6:.2f} M"  # as printed
+        '12.99 M'
     """
     return count_flops(model, input_size, _BSCONV_README)
 
@@ -211,6 +230,12 @@ def effnet_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
         input_size: [N, C, H, W].
 
     EffNet (arXiv 1801.06434), Tables 2 to 7.
+
+    Example:
+        >>> from effops.models.flops import effnet_flops
+        >>> model = create_model("effnet_v1_gtsrb", reference=True)
+        >>> f"{effnet_flops(model, (1, 3, 32, 32)) / 1e3:.1f} K"  # as printed
+        '344.1 K'
     """
     return count_flops(model, input_size, _EFFNET)
 
@@ -223,6 +248,13 @@ def effnet_baseline_slip(channels: int, classes: int) -> int:
     Args:
         channels: of the last layer.
         classes: outputs of the linear layer.
+
+    Example:
+        >>> from effops.models.flops import effnet_baseline_slip, effnet_flops
+        >>> model = create_model("effnet_baseline_svhn", reference=True)
+        >>> counted = effnet_flops(model, (1, 3, 32, 32)) + effnet_baseline_slip(48, 10)
+        >>> f"{counted / 1e3:.1f} K"  # as printed
+        '3563.5 K'
     """
     return 2 * (16 * 16 - 4 * 4) * channels * classes
 
@@ -235,6 +267,13 @@ def effnet_early_pool(in_channels: int, expansion: int) -> int:
     Args:
         in_channels: of the last block; 2 * floor(in_channels * expansion / 2) go through that convolution.
         expansion: the expansion rate.
+
+    Example:
+        >>> from effops.models.flops import effnet_early_pool, effnet_flops
+        >>> model = create_model("effnet_v2_svhn", reference=True)
+        >>> counted = effnet_flops(model, (1, 3, 32, 32)) - effnet_early_pool(24, 6)
+        >>> f"{counted / 1e3:.1f} K"  # as printed
+        '1798.7 K'
     """
     return 2 * (8 * 4 - 4 * 4) * 3 * (2 * (in_channels * expansion // 2))
 
@@ -260,5 +299,11 @@ def vgnet_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     Args:
         model: a network of stock modules.
         input_size: [N, C, H, W].
+
+    Example:
+        >>> from effops.models.flops import vgnet_flops
+        >>> model = create_model("vgnetg_1_0mp", reference=True)
+        >>> f"{vgnet_flops(model, (1, 3, 224, 224)) / 1e9:.3f} G"  # as printed
+        '0.144 G'
     """
     return count_flops(model, input_size, _VGNET)

@@ -52,6 +52,13 @@ class MobileNetV2(ImageClassifier):
 
     Shape:
         [N, in_channels, H, W] -> [N, num_classes].
+
+    Example:
+        >>> model = create_model("mobilenet_v2", width=0.5).eval()
+        >>> model.num_features, sum(p.numel() for p in model.parameters())
+        (1280, 1968680)
+        >>> model(torch.randn(1, 3, 64, 64)).shape
+        torch.Size([1, 1000])
     """
 
     def __init__(
@@ -122,6 +129,16 @@ def mobilenet_v2_weights(path: Path | None = None) -> dict[str, Tensor]:
 
     Raises:
         RuntimeError: the package is not installed, or the file is missing, damaged or not a state dict.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> model = create_model("mobilenet_v2")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = pathlib.Path(folder, "weights.pth")
+        ...     torch.save(model.state_dict(), path)
+        ...     state = effops.models.mobilenetv2.mobilenet_v2_weights(path)
+        >>> state.keys() == model.state_dict().keys()
+        True
     """
     if path is None:
         path = _installed_weights()

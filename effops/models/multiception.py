@@ -142,6 +142,13 @@ class CifarResNet(ImageClassifier):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> model = create_model("multiception_resnet20")
+        >>> sum(p.numel() for p in model.parameters())
+        189434
+        >>> create_model("multiception_resnet20", conv="dsconv").eval()(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(
@@ -211,6 +218,13 @@ class ShakeShake(nn.Module):
         two of [N, C, H, W] -> [N, C, H, W].
 
     Gastaldi, "Shake-Shake regularization" (arXiv 1705.07485), "Shake-Shake-Image".
+
+    Example:
+        >>> shake = effops.models.multiception.ShakeShake()
+        >>> a, b = torch.ones(2, 8, 4, 4), torch.zeros(2, 8, 4, 4)
+        >>> mixed = shake(a, b)  # one share in [0, 1) for each sample
+        >>> mixed.flatten(1).std(1), shake.eval()(a, b).unique()
+        (tensor([0., 0.]), tensor([0.5000]))
     """
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -277,6 +291,11 @@ class ShakeNet(ImageClassifier):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> model = create_model("multiception_shakenet26_2x96d", num_classes=10)
+        >>> sum(p.numel() for p in model.parameters())
+        16980714
     """
 
     def __init__(
@@ -360,6 +379,13 @@ class MulticeptionMobileNetV2(MobileNetV2):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> model = create_model("multiception_mobilenetv2")
+        >>> sum(p.numel() for p in model.parameters())
+        2252634
+        >>> model.eval()(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
     """
 
     def __init__(

@@ -33,7 +33,13 @@ __all__ = ["Dataset", "Layer", "NutsAndBolts", "parse_layers"]
 
 
 class Layer(NamedTuple):
-    """One word of a layer string: `kind` is "c", "d", "T" or "P"; `channels` that it gives, 0 for a pool."""
+    """One word of a layer string: `kind` is "c", "d", "T" or "P"; `channels` that it gives, 0 for a pool.
+
+    Example:
+        >>> kind, channels = effops.models.nuts_and_bolts.parse_layers("T16")[0]
+        >>> kind, channels
+        ('T', 16)
+    """
 
     kind: str
     channels: int
@@ -44,6 +50,12 @@ class Dataset(NamedTuple):
 
     `unpadded` blocks (up to a pool each) have convolutions without padding; `dropout` maps the number of a unit to the
     rate behind it.
+
+    Example:
+        >>> from effops.models.nuts_and_bolts import Dataset, NutsAndBolts
+        >>> grey = Dataset(in_channels=1, bias=False, unpadded=0, dropout={})
+        >>> NutsAndBolts(effops.modules, "c8 P d16", grey).eval()(torch.randn(2, 1, 28, 28)).shape
+        torch.Size([2, 10])
     """
 
     in_channels: int
@@ -79,6 +91,10 @@ def parse_layers(text: str) -> list[Layer]:
 
     Raises:
         ValueError: a word that is none of these.
+
+    Example:
+        >>> effops.models.nuts_and_bolts.parse_layers("c8 d12 P")
+        [Layer(kind='c', channels=8), Layer(kind='d', channels=12), Layer(kind='P', channels=0)]
     """
     layers = []
     for word in text.split():
@@ -188,6 +204,13 @@ class NutsAndBolts(ImageClassifier):
 
     Shape:
         [N, in_channels, H, W] -> [N, num_classes].
+
+    Example:
+        >>> model = create_model("mnist_5k_dw").eval()
+        >>> sum(p.numel() for p in model.parameters())
+        5616
+        >>> model(torch.randn(1, 1, 28, 28)).exp().sum(1)
+        tensor([1.0000], grad_fn=<SumBackward1>)
     """
 
     def __init__(

@@ -92,6 +92,10 @@ def vgnet_key_map(keys: Iterable[str]) -> dict[str, str]:
 
     Returns:
         {old key: new key}. Keys that do not fit, or are the same, are not in it.
+
+    Example:
+        >>> effops.models.vgnet.vgnet_key_map(["features.stage1.1.half3x3.weight"])
+        {'features.stage1.1.half3x3.weight': 'stages.0.1.dw.weight'}
     """
     return {key: new for key in keys if (new := _own_key(key)) is not None}
 
@@ -139,6 +143,13 @@ class VGNet(ImageClassifier):
 
     Raises:
         ValueError: fixed_last or fixed_bn without bank.
+
+    Example:
+        >>> model = create_model("vgnetg_1_0mp", num_classes=10, thumbnail=True).eval()
+        >>> model(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+        >>> model.forward_features(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 368, 4, 4])
     """
 
     def __init__(

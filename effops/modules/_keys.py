@@ -31,7 +31,8 @@ def ds_conv_key_map(keys: Iterable[str], slots: Sequence[str]) -> dict[str, str]
         {old key: new key}. Keys that do not fit are not in it (`load_state_dict` then reports them).
 
     Example:
-        >>> ds_conv_key_map(["0.weight", "1.weight", "1.bias", "3.weight"], ["dw", "dw_norm", "pw"])
+        >>> keys = ["0.weight", "1.weight", "1.bias", "3.weight"]
+        >>> effops.modules.ds_conv_key_map(keys, ["dw", "dw_norm", "pw"])
         {'0.weight': 'dw.weight', '1.weight': 'dw_norm.weight', '1.bias': 'dw_norm.bias', '3.weight': 'pw.weight'}
     """
     paths = {key: key.rpartition(".")[0] for key in keys}
@@ -68,6 +69,11 @@ def inverted_residual_key_map(keys: Iterable[str], slots: Sequence[str]) -> dict
 
     Returns:
         {old key: new key}. Keys that do not fit are not in it (`load_state_dict` then reports them).
+
+    Example:
+        >>> keys = ["conv.0.0.weight", "conv.1.0.weight", "conv.2.weight"]
+        >>> effops.modules.inverted_residual_key_map(keys, ["expand", "dw", "pw"])
+        {'conv.0.0.weight': 'expand.weight', 'conv.1.0.weight': 'dw.weight', 'conv.2.weight': 'pw.weight'}
     """
     paths = {key: key.rpartition(".")[0] for key in keys}
     named = {path: _TIMM_INVERTED_KEYS[path] for path in paths.values() if path in _TIMM_INVERTED_KEYS}

@@ -28,6 +28,11 @@ class BlurMaxPool2d(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> pool, x = effops.BlurMaxPool2d(), torch.randn(1, 8, 14, 14)
+        >>> torch.equal(pool(x), EF.blur_max_pool2d(x)), pool(x).shape
+        (True, torch.Size([1, 8, 7, 7]))
     """
 
     def __init__(

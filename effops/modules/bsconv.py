@@ -143,6 +143,12 @@ class _Blueprint(ResidualBlock):
             ValueError: norms that shift, beside zero padding: the padding's zeros come behind the norm, where no dense
                 kernel can put them; norms without running statistics.
             TypeError: a norm that is not a BatchNorm2d.
+
+        Example:
+            >>> block, x = effops.BSConvU(16, 32, 3, padding=1), torch.randn(1, 16, 9, 9)
+            >>> dense = block.to_dense()
+            >>> dense.weight.shape, torch.allclose(dense(x), block(x), atol=1e-5)
+            (torch.Size([32, 16, 3, 3]), True)
         """
         dw = self.dw
         padded = dw.padding_mode == "zeros" and dw.padding != "valid" and any(_as_sides(dw.padding))
@@ -232,6 +238,13 @@ class BSConvU(_Blueprint):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value, or residual where the shape changes.
+
+    Example:
+        >>> block = effops.BSConvU(16, 32, 3, padding=1, norm=nn.BatchNorm2d, act="relu").eval()
+        >>> x = torch.randn(1, 16, 9, 9)
+        >>> stock = F.relu(block.norm(block.dw(block.pw(x))))
+        >>> block.fusion_reasons(), torch.allclose(block(x), stock, atol=1e-5)
+        ((), True)
     """
 
     _head = (("pw", why_not_pw), ("bn", why_not_norm), ("dw", why_not_dw))
@@ -294,6 +307,14 @@ class BSConvS(_Blueprint):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value, or residual where the shape changes.
+
+    Example:
+        >>> block = effops.BSConvS(64, 128, 3, padding=1, with_bn=True)
+        >>> block.mid_channels, block(torch.randn(2, 64, 9, 9)).shape
+        (16, torch.Size([2, 128, 9, 9]))
+        >>> loss = effops.orthonormal_loss(block, alpha=0.1)  # added to the task's loss in training
+        >>> loss.requires_grad
+        True
     """
 
     _head = (("pw1", why_not_pw), ("bn1", why_not_norm), ("pw2", why_not_pw), ("bn2", why_not_norm), ("dw", why_not_dw))
@@ -403,6 +424,12 @@ def orthonormal_loss(model: nn.Module, alpha: float = 0.1) -> Tensor:
         ValueError: the model has no such matrix; alpha is negative or not finite.
 
     "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), section 3.3, Eq. 9.
+
+    Example:
+        >>> block = effops.BSConvS(64, 128, 3)
+        >>> _ = nn.init.orthogonal_(block.pw1.weight)
+        >>> torch.allclose(effops.orthonormal_loss(block), torch.tensor(0.0), atol=1e-4)
+        True
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"orthonormal_loss: the model must be an nn.Module, got {type(model).__name__}")

@@ -85,6 +85,16 @@ class FusedDSConv(ResidualBlock):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value, or residual where the shape changes.
+
+    Example:
+        >>> bn, x = nn.BatchNorm2d, torch.randn(1, 16, 9, 9)
+        >>> dw, pw = nn.Conv2d(16, 16, 3, padding=1, groups=16, bias=False), nn.Conv2d(16, 32, 1, bias=False)
+        >>> stock = nn.Sequential(dw, bn(16), nn.ReLU6(), pw, bn(32), nn.ReLU6()).eval()
+        >>> fused = effops.FusedDSConv(16, 32, dw_norm=bn, dw_act="relu6", norm=bn, act="relu6").eval()
+        >>> fused.load_state_dict(stock.state_dict())
+        <All keys matched successfully>
+        >>> torch.allclose(fused(x), stock(x), atol=1e-5)
+        True
     """
 
     _head = (("dw", why_not_dw), ("dw_norm", why_not_norm), ("dw_act", why_not_act), ("pw", why_not_pw))
@@ -185,6 +195,12 @@ class FusedDSConv(ResidualBlock):
         Raises:
             TypeError: a module of a wrong kind.
             ValueError: a dw that is not depthwise, a pw that is not 1x1, channels that do not fit.
+
+        Example:
+            >>> dw, pw = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.Conv2d(16, 32, 1)
+            >>> fused = effops.FusedDSConv.from_modules(dw, pw, act="silu")
+            >>> fused.dw is dw, fused(torch.randn(1, 16, 9, 9)).shape
+            (True, torch.Size([1, 32, 9, 9]))
         """
         _check_pair_of_convolutions(cls.__name__, dw, pw)
         for name, norm_module in (("dw_norm", dw_norm), ("norm", norm)):

@@ -38,6 +38,14 @@ class DepthwiseConv2d(nn.Conv2d):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> conv, x = effops.DepthwiseConv2d(16, 3, stride=2, bias=True), torch.randn(1, 16, 9, 9)
+        >>> stock = nn.Conv2d(16, 16, 3, 2, padding=1, groups=16)
+        >>> stock.load_state_dict(conv.state_dict())
+        <All keys matched successfully>
+        >>> torch.allclose(conv(x), stock(x), atol=1e-5)
+        True
     """
 
     def __init__(
@@ -164,6 +172,12 @@ class SharedDepthwiseConv2d(BankConv2d):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value; channels not divisible by share.
+
+    Example:
+        >>> conv, x = effops.SharedDepthwiseConv2d(64, share=8), torch.randn(1, 64, 9, 9)
+        >>> kernels = conv.weight.repeat(8, 1, 1, 1)
+        >>> conv.weight.shape, torch.allclose(conv(x), F.conv2d(x, kernels, padding=1, groups=64), atol=1e-5)
+        (torch.Size([8, 1, 3, 3]), True)
     """
 
     def __init__(
@@ -253,6 +267,11 @@ class FixedFilterConv2d(BankConv2d):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> conv = effops.FixedFilterConv2d(16, "vgnet8")
+        >>> list(conv.parameters()), conv.weight.shape, conv(torch.randn(1, 16, 9, 9)).shape
+        ([], torch.Size([8, 1, 3, 3]), torch.Size([1, 16, 9, 9]))
     """
 
     bias: None = None
@@ -342,6 +361,15 @@ class BlurPool2d(FixedFilterConv2d):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> blur = effops.BlurPool2d(8)
+        >>> blur.weight[0, 0] * 16
+        tensor([[1., 2., 1.],
+                [2., 4., 2.],
+                [1., 2., 1.]])
+        >>> blur(torch.randn(1, 8, 14, 14)).shape
+        torch.Size([1, 8, 7, 7])
     """
 
     def __init__(

@@ -77,6 +77,12 @@ class SeparableConvPool2d(FusedBlock):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> block, x = effops.SeparableConvPool2d(16, pool="both"), torch.randn(1, 16, 32, 32)
+        >>> stock = F.max_pool2d(block.col(F.max_pool2d(block.row(x), (1, 2))), (2, 1))
+        >>> block(x).shape, torch.allclose(block(x), stock, atol=1e-5)
+        (torch.Size([1, 16, 16, 16]), True)
     """
 
     _head = (("row", why_not_dw), ("row_norm", why_not_norm), ("row_act", why_not_act), ("col", why_not_dw))
@@ -222,6 +228,14 @@ class EffNetBlock(FusedBlock):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> block, x = effops.EffNetBlock(16, 32, version=2).eval(), torch.randn(1, 16, 32, 32)
+        >>> twin = effops.stock.EffNetBlock(16, 32, version=2).eval()
+        >>> twin.load_state_dict(block.state_dict())
+        <All keys matched successfully>
+        >>> block(x).shape, torch.allclose(block(x), twin(x), atol=1e-5)
+        (torch.Size([1, 32, 16, 16]), True)
     """
 
     _head = (("expand", why_not_pw), ("project", why_not_pw))

@@ -92,6 +92,15 @@ class InvertedResidual(FusedDSConv):
         TypeError, ValueError: an argument of a wrong kind or value, or residual=True where the shape changes.
 
     MobileNetV2 (arXiv 1801.04381, 3.3), MobileNetV3 (arXiv 1905.02244), EfficientNet (arXiv 1905.11946).
+
+    Example:
+        >>> block = effops.InvertedResidual(16, 16, expand_ratio=6, se=effops.SqueezeExcite).eval()
+        >>> twin = effops.stock.InvertedResidual(16, 16, expand_ratio=6, se=effops.stock.SqueezeExcite).eval()
+        >>> twin.load_state_dict(block.state_dict())
+        <All keys matched successfully>
+        >>> x = torch.randn(1, 16, 9, 9)
+        >>> block.residual, torch.allclose(block(x), twin(x), atol=1e-5)
+        (True, True)
     """
 
     _front = (("expand", _why_not_expand), ("expand_norm", why_not_norm), ("expand_act", why_not_act))
@@ -177,6 +186,13 @@ class InvertedResidual(FusedDSConv):
         Raises:
             TypeError: a module of a wrong kind.
             ValueError: convolutions that are not what they should be, channels that do not fit.
+
+        Example:
+            >>> expand, pw = nn.Conv2d(16, 64, 1), nn.Conv2d(64, 16, 1)
+            >>> dw = nn.Conv2d(64, 64, 3, padding=1, groups=64)
+            >>> block = effops.InvertedResidual.from_modules(expand, dw, pw, expand_act="relu", dw_act="relu")
+            >>> block.residual, block.expand is expand, block(torch.randn(1, 16, 9, 9)).shape
+            (True, True, torch.Size([1, 16, 9, 9]))
         """
         made = super().from_modules(dw, pw, dw_norm, dw_act, norm, backend=backend)
         if expand is None:

@@ -169,6 +169,13 @@ class MulticeptionConv2d(_PartsBlock):
 
     Bao, Graeber and Wang, "Depthwise Multiception Convolution for Reducing Network Parameters without Sacrificing
     Accuracy", section III and Algorithm 1; the stride and the biases as in the authors' code.
+
+    Example:
+        >>> block, x = effops.MulticeptionConv2d(16, 32, (3, 5, 7), stride=2).eval(), torch.randn(1, 16, 9, 9)
+        >>> parts = torch.cat([dw(x) for dw in block.dw], 1)
+        >>> stock = block.norm(block.pw(block.dw_norm(parts)))
+        >>> block(x).shape, torch.allclose(block(x), stock, atol=1e-5)
+        (torch.Size([1, 32, 5, 5]), True)
     """
 
     _function = staticmethod(EF.multiception_conv2d)
@@ -238,6 +245,14 @@ class MixConv2d(_PartsBlock):
         TypeError, ValueError: an argument of a wrong kind or value; dw_norm together with dense.
 
     MixConv (arXiv 1907.09595, section 3).
+
+    Example:
+        >>> block, x = effops.MixConv2d(16, 32, (3, 5, 7)), torch.randn(1, 16, 9, 9)
+        >>> [dw.in_channels for dw in block.dw]
+        [6, 5, 5]
+        >>> parts = [dw(part) for dw, part in zip(block.dw, x.split((6, 5, 5), 1))]
+        >>> torch.allclose(block(x), block.pw(torch.cat(parts, 1)), atol=1e-5)
+        True
     """
 
     _function = staticmethod(EF.mix_conv2d)

@@ -42,6 +42,12 @@ class SqueezeExcite(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Example:
+        >>> se, x = effops.SqueezeExcite(64), torch.randn(1, 64, 9, 9)
+        >>> gates = torch.sigmoid(se.expand(se.act(se.reduce(x.mean((2, 3), keepdim=True)))))
+        >>> se.reduce.out_channels, torch.allclose(se(x), x * gates, atol=1e-6)
+        (16, True)
     """
 
     def __init__(

@@ -107,6 +107,14 @@ class HalfIdentityBlock(_VGNetBlock):
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value; odd channels; one value per channel in training
             with dw_norm.
+
+    Example:
+        >>> block, x = effops.HalfIdentityBlock(32).eval(), torch.randn(1, 32, 9, 9)
+        >>> left, right = x.chunk(2, 1)
+        >>> kept, new = block((left, right))
+        >>> stock = block.norm(block.act(block.pw(torch.cat([left, block.dw(right)], 1))))
+        >>> torch.equal(kept, right), torch.allclose(new, stock, atol=1e-5)
+        (True, True)
     """
 
     _head = (("dw", why_not_dw), ("dw_norm", why_not_norm), ("pw", why_not_pw))
@@ -210,6 +218,12 @@ class DownsamplingBlock(_VGNetBlock):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value; odd out_channels.
+
+    Example:
+        >>> block = effops.DownsamplingBlock(28, 56).eval()
+        >>> left, right = block(torch.randn(1, 28, 112, 112))
+        >>> block.keep, left.shape, right.shape
+        (28, torch.Size([1, 28, 56, 56]), torch.Size([1, 28, 56, 56]))
     """
 
     _head = (("dw", why_not_dw), ("pw", why_not_pw))

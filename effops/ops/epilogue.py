@@ -62,6 +62,13 @@ class BatchNorm(NamedTuple):
         running_mean, running_var: [K], updated in place as `F.batch_norm` does, or None.
         momentum: of that update.
         eps: added to the variance.
+
+    Example:
+        >>> x, dw, pw = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> norm = EF.BatchNorm(torch.ones(16), torch.zeros(16))
+        >>> y = EF.ds_conv2d(x, dw, pw, padding=1, batch_norm=norm)
+        >>> torch.allclose(y.mean((0, 2, 3)), torch.zeros(16), atol=1e-5)
+        True
     """
 
     weight: Tensor | None = None

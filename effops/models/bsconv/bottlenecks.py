@@ -156,6 +156,11 @@ class BottleneckClassifier(BlueprintClassifier):
 
     Raises:
         ValueError: an unknown input.
+
+    Example:
+        >>> model = create_model("mnasnet_b1", input="cifar", num_classes=10).eval()
+        >>> model.forward_features(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 1280, 4, 4])
     """
 
     _renames = (

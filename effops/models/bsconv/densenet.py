@@ -55,6 +55,11 @@ class DenseNet(BlueprintClassifier):
 
     Shape:
         [N, in_channels, H, W] -> [N, num_classes], H and W at least 32.
+
+    Example:
+        >>> model = create_model("densenet121_bsconvu", num_classes=120)
+        >>> model.num_features, sum(p.numel() for p in model.parameters())
+        (1024, 5193016)
     """
 
     def __init__(

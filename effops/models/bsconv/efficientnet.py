@@ -42,6 +42,11 @@ class EfficientNet(BottleneckClassifier):
 
     Raises:
         ValueError: an unknown input, or a width that is not above 0.
+
+    Example:
+        >>> model = create_model("efficientnet_b0")
+        >>> sum(p.numel() for p in model.parameters())
+        5288548
     """
 
     def __init__(

@@ -73,6 +73,11 @@ class DropIn:
         ValueError: an unknown form, or p for a form that has none.
 
     "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.3.1, 3.3.2 and 5.1.
+
+    Example:
+        >>> conv = effops.models.bsconv.layers.DropIn(effops.modules, "bsconvu")
+        >>> [type(conv(16, 32, kernel_size)).__name__ for kernel_size in (1, 3, 5, 7)]
+        ['Conv2d', 'BSConvU', 'BSConvU', 'Conv2d']
     """
 
     def __init__(self, layers: ModuleType, form: str = "standard", p: float | None = None) -> None:
@@ -155,6 +160,11 @@ class BlueprintClassifier(ImageClassifier):
         in_channels: of the input image.
         data_bn: a batch norm on the image, as in the authors' package. The paper does not tell whether its networks
             had it; its printed counts fit both ways.
+
+    Example:
+        >>> model = create_model("cifar_resnet20_bsconvu", num_classes=100)
+        >>> model.author_key_map(["backbone.stage1.unit1.conv1.bn.weight"])
+        {'backbone.stage1.unit1.conv1.bn.weight': 'features.stage1.unit1.conv1.norm.weight'}
     """
 
     features: nn.Module
@@ -213,7 +223,7 @@ def bsconv_key_map(keys: Iterable[str], renames: Renames = ()) -> dict[str, str]
         reshaped to [classes, features] besides.
 
     Example:
-        >>> bsconv_key_map(["backbone.stage1.unit1.conv1.bn.weight"])
+        >>> effops.models.bsconv.layers.bsconv_key_map(["backbone.stage1.unit1.conv1.bn.weight"])
         {'backbone.stage1.unit1.conv1.bn.weight': 'features.stage1.unit1.conv1.norm.weight'}
     """
     mapping = {}

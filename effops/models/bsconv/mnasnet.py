@@ -57,6 +57,11 @@ class MnasNet(BottleneckClassifier):
 
     Raises:
         ValueError: an unknown input, or a width that is not above 0.
+
+    Example:
+        >>> model = create_model("mnasnet_a1")
+        >>> sum(p.numel() for p in model.parameters())
+        3887038
     """
 
     def __init__(

@@ -49,6 +49,11 @@ class MobileNetV2(BottleneckClassifier):
 
     Raises:
         ValueError: an unknown input, or a width that leaves no channels.
+
+    Example:
+        >>> model = create_model("mobilenetv2", width=0.5, input="cifar", num_classes=100).eval()
+        >>> model(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 100])
     """
 
     def __init__(self, layers: ModuleType, *, num_classes: int = 1000, width: float = 1.0, **kwargs: Any) -> None:

@@ -114,6 +114,11 @@ class MobileNetV3(BottleneckClassifier):
 
     Raises:
         ValueError: an unknown head or input, or a width that leaves no channels.
+
+    Example:
+        >>> model = create_model("mobilenetv3_small", head="full").eval()
+        >>> model.num_features, model(torch.randn(1, 3, 64, 64)).shape
+        (1024, torch.Size([1, 1000]))
     """
 
     _renames = (

@@ -105,6 +105,13 @@ class ResNet(BlueprintClassifier):
 
     Raises:
         ValueError: a width that leaves no channels; form and p as in `DropIn`.
+
+    Example:
+        >>> model = create_model("cifar_resnet20_bsconvs").eval()
+        >>> model(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 10])
+        >>> effops.orthonormal_loss(model, alpha=0.01).requires_grad
+        True
     """
 
     _renames = ((r"^features\.final_activation\.", "features.final."),)

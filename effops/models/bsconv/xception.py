@@ -98,6 +98,11 @@ class Xception(BlueprintClassifier):
 
     Shape:
         [N, in_channels, H, W] -> [N, num_classes]; Xception's own size is 299 x 299.
+
+    Example:
+        >>> model = create_model("xception_bsconvu", num_classes=120)
+        >>> sum(p.numel() for p in model.parameters())
+        21054400
     """
 
     def __init__(

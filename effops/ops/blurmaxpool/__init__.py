@@ -54,6 +54,14 @@ class BlurMaxPool2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x = torch.randn(1, 8, 14, 14, requires_grad=True)
+        >>> geometry = [2, 2, 3, 2, 2, 0, 0, 0, 0]  # blur 3x3 of stride 2 behind a 2x2 window
+        >>> y = effops.autograd.BlurMaxPool2dFunction.apply(x, geometry, "cpp")
+        >>> y.sum().backward()
+        >>> torch.allclose(y, EF.blur_max_pool2d(x)), x.grad.shape
+        (True, torch.Size([1, 8, 14, 14]))
     """
 
     @staticmethod

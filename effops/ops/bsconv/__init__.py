@@ -99,6 +99,14 @@ class BSConv2dFunction(KernelFunction):
         RuntimeError: under functorch transforms or forward-mode AD.
 
     "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.2 and 3.3.
+
+    Example:
+        >>> x, pw, dw = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 1, 1), torch.randn(16, 1, 3, 3)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0]  # stride 1, padding 1, dilation 1
+        >>> tensors = (x, None, None, None, pw, None, None, None, dw, None, None, None, None)
+        >>> y = effops.autograd.BSConv2dFunction.apply(*tensors, geometry, [0.0, 0.0], "cpp")
+        >>> torch.allclose(y, EF.bs_conv2d(x, pw, dw, padding=1), atol=1e-4)
+        True
     """
 
     @staticmethod

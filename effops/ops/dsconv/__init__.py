@@ -149,6 +149,14 @@ class DSConv2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, dw, pw = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # stride 1, padding 1, dilation 1
+        >>> tensors = (x, None, dw, None, None, None, None, pw, None, None, None, None)
+        >>> y = effops.autograd.DSConv2dFunction.apply(*tensors, geometry, [0.0, 0.0], "cpp")
+        >>> torch.allclose(y, EF.ds_conv2d(x, dw, pw, padding=1), atol=1e-4)
+        True
     """
 
     @staticmethod
@@ -214,6 +222,14 @@ class DSConvPool2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, dw, pw = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # stride 1, padding 1, dilation 1
+        >>> tensors = (x, None, dw, None, None, None, None, pw, None, None, None, None)
+        >>> y, sums = effops.autograd.DSConvPool2dFunction.apply(*tensors, geometry, [0.0, 0.0], "cpp")
+        >>> torch.allclose(sums, y.sum((2, 3)), atol=1e-3)
+        True
     """
 
     @staticmethod
@@ -261,6 +277,14 @@ class DSConvNorm2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, dw, pw = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0]  # stride 1, padding 1, dilation 1
+        >>> tensors = (x, None, dw, None, None, None, None, pw, None, None, None, None)
+        >>> y, mean, var = effops.autograd.DSConvNorm2dFunction.apply(*tensors, geometry, [0.0, 0.0], 1e-5, "cpp")
+        >>> torch.allclose(y, EF.ds_conv2d(x, dw, pw, padding=1, batch_norm=EF.BatchNorm()), atol=1e-5)
+        True
     """
 
     @staticmethod

@@ -105,6 +105,15 @@ class DSConvParts2dFunction(KernelFunction):
 
     Multiception (Bao, Graeber and Wang, "Depthwise Multiception Convolution for Reducing Network Parameters without
     Sacrificing Accuracy", section III); MixConv (arXiv 1907.09595).
+
+    Example:
+        >>> x, pw = torch.randn(2, 8, 9, 9), torch.randn(16, 16, 1, 1)
+        >>> dws = [torch.randn(8, 1, 3, 3), torch.randn(8, 1, 5, 5)]
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 0, 2, 2, 2, 2]  # paddings 1 and 2
+        >>> tensors = (x, None, None, None, pw, None, None, None, None)
+        >>> y = effops.autograd.DSConvParts2dFunction.apply(*tensors, geometry, [0.0, 0.0], "cpp", *dws)
+        >>> torch.allclose(y, EF.multiception_conv2d(x, dws, pw), atol=1e-4)
+        True
     """
 
     @staticmethod

@@ -119,6 +119,15 @@ class DepthwiseConv2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3, requires_grad=True)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]  # stride 1, padding 1, dilation 1
+        >>> apply = effops.autograd.DepthwiseConv2dFunction.apply
+        >>> y = apply(x, weight, None, None, None, None, geometry, 0.0, "cpp")
+        >>> y.sum().backward()
+        >>> torch.allclose(y, F.conv2d(x, weight, padding=1, groups=8), atol=1e-5), weight.grad.shape
+        (True, torch.Size([8, 1, 3, 3]))
     """
 
     @staticmethod
@@ -187,6 +196,13 @@ class DepthwiseStatsFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0]  # stride 1, padding 1, dilation 1
+        >>> mean, var = effops.autograd.DepthwiseStatsFunction.apply(x, weight, None, geometry, "cpp")
+        >>> torch.allclose(mean, F.conv2d(x, weight, padding=1, groups=8).mean((0, 2, 3)), atol=1e-5)
+        True
     """
 
     @staticmethod

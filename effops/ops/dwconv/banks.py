@@ -82,6 +82,13 @@ class NamedBank(NamedTuple):
     Attributes:
         values: [K,1,R,S]. Casting them is casting the bank: a test sees that rounding twice is rounding once.
         code: of `CODES`. Whoever makes this vouches for it; nothing compares the values again.
+
+    Example:
+        >>> from effops.ops.dwconv.banks import CODES, NamedBank, bank
+        >>> known = NamedBank(bank("vgnet8"), CODES["vgnet8"])
+        >>> x = torch.randn(1, 16, 9, 9)
+        >>> torch.equal(EF.fixed_filter_conv2d(x, known), EF.fixed_filter_conv2d(x, "vgnet8"))
+        True
     """
 
     values: Tensor
@@ -93,6 +100,11 @@ def bank(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device 
 
     Raises:
         ValueError: an unknown name.
+
+    Example:
+        >>> from effops.ops.dwconv.banks import bank
+        >>> bank("vgnet8").shape, bank("binomial3").flatten() * 16
+        (torch.Size([8, 1, 3, 3]), tensor([1., 2., 1., 2., 4., 2., 1., 2., 1.]))
     """
     if name not in BANKS:
         raise ValueError(f"unknown bank {name!r}; accepted: {', '.join(map(repr, BANKS))}, or a tensor [K,R,S]")

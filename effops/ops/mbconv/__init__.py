@@ -111,6 +111,16 @@ class InvertedResidual2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, expand = torch.randn(2, 8, 9, 9), torch.randn(48, 8, 1, 1)
+        >>> dw, project = torch.randn(48, 1, 3, 3), torch.randn(8, 48, 1, 1)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, *[0] * 10]  # stride 1, padding 1, dilation 1, no activations
+        >>> none = (None,) * 3
+        >>> tensors = (x, expand, *none, dw, *none, *none, None, project, *none, None)
+        >>> y = effops.autograd.InvertedResidual2dFunction.apply(*tensors, geometry, [0.0] * 3, "cpp")
+        >>> torch.allclose(y, EF.inverted_residual2d(x, expand, dw, project, padding=1), atol=1e-3)
+        True
     """
 
     @staticmethod

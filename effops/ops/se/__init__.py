@@ -81,6 +81,13 @@ class SqueezeExcite2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, w1, w2 = torch.randn(2, 16, 9, 9), torch.randn(4, 16, 1, 1), torch.randn(16, 4, 1, 1)
+        >>> geometry = [0, 1, 7]  # contiguous, ReLU between the products, sigmoid
+        >>> y = effops.autograd.SqueezeExcite2dFunction.apply(x, w1, None, w2, None, None, geometry, "cpp")
+        >>> torch.allclose(y, EF.squeeze_excite2d(x, w1, None, w2, None), atol=1e-5)
+        True
     """
 
     @staticmethod

@@ -108,6 +108,14 @@ class SeparableConvPool2dFunction(KernelFunction):
 
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
+
+    Example:
+        >>> x, row, col = torch.randn(2, 8, 16, 16), torch.randn(8, 1, 1, 3), torch.randn(8, 1, 3, 1)
+        >>> geometry = [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0, 0, 0, 1]  # stride 1, padding 1, pool "row"
+        >>> tensors = (x, row, None, None, None, col, None, None, None)
+        >>> y = effops.autograd.SeparableConvPool2dFunction.apply(*tensors, geometry, [0.0, 0.0], "cpp")
+        >>> torch.allclose(y, EF.separable_conv_pool2d(x, row, col), atol=1e-5)
+        True
     """
 
     @staticmethod

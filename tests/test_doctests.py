@@ -1,0 +1,64 @@
+"""Every public name has an example in its docstring, and it gives what it says: on the auto and the reference backend."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+from collections.abc import Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import api_docs
+import pytest
+import torch
+from conftest import require_backend
+
+import effops
+
+MODULES = {module: names for _, modules in api_docs.PAGES.values() for module, names in modules.items()}
+# The registry's own examples are those of effops.models; the base class and its helper are for who adds a model.
+WITHOUT_EXAMPLE = {"list_models", "is_model", "register_model", "ImageClassifier", "activation_factory"}
+FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+_PARSER = doctest.DocTestParser()
+
+
+def _documented(module: str) -> Iterator[tuple[str, Any]]:
+    """The module, its public names and their methods."""
+    yield module, importlib.import_module(module)
+    for name, value in api_docs.members(module, MODULES[module]).items():
+        yield f"{module}.{name}", value
+        if inspect.isclass(value):
+            yield from ((f"{module}.{name}.{method}", body) for method, body in api_docs.methods(value))
+
+
+def _examples(name: str, value: Any) -> doctest.DocTest:
+    names: dict[str, Any] = {}
+    exec(api_docs.PRELUDE, names)
+    return _PARSER.get_doctest(inspect.getdoc(value) or "", names, name, name, 0)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_name_has_an_example(module: str) -> None:
+    public = [
+        (name, bool(_examples(name, value).examples))
+        for name, value in api_docs.members(module, MODULES[module]).items()
+    ]
+    missing = {name for name, has_one in public if not has_one}
+    assert missing == WITHOUT_EXAMPLE & {name for name, _ in public}
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+@pytest.mark.parametrize("module", MODULES)
+def test_examples(module: str, backend: str) -> None:
+    if module == "effops.autograd":  # calls kernels by name
+        require_backend("cpp")
+    report: list[str] = []
+    runner = doctest.DocTestRunner(verbose=False, optionflags=FLAGS)
+    for name, value in _documented(module):
+        torch.manual_seed(0)
+        with effops.use_backend(backend) if backend != "auto" else nullcontext():
+            runner.run(_examples(name, value), out=report.append)
+    assert runner.failures == 0, "".join(report)
+    ran_any = runner.tries > 0
+    assert ran_any or module in ("effops.models.bsconv", "effops.models.classifier")
