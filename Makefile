@@ -36,7 +36,7 @@ SANITIZED_TESTS := $(patsubst %,tests/test_%.py,dwconv dsconv multiception bscon
 OTHER_TRITON_FOLDER := $(CURDIR)/build/triton-$(OTHER_TRITON)
 KERNEL_REPORTS := $(patsubst %,build/compiled/sm_%.json,80 90 100)
 
-.PHONY: help run test test-all properties lint format bench gpu kernels cuda-kernels other-triton build sanitize clean
+.PHONY: help run test test-all properties lint format docs bench gpu kernels cuda-kernels other-triton build sanitize clean
 
 help: ## this list
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 22
@@ -66,6 +66,9 @@ format: $(VENV)/.lint ## mends what lint complains about where a machine can
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/clang-format -i $(FORMATTED)
+
+docs: $(VENV)/.install ## the API reference, docs/api, from the docstrings
+	$(PY) tests/api_docs.py docs/api
 
 bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
 	$(PY) benchmarks/run.py all $(ARGS)

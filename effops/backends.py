@@ -371,6 +371,15 @@ def _refusal(call: Call, wanted: Backend) -> str:
 class ExplainedCall(NamedTuple):
     """One effops call of a forward: who made it, what it was, which backend took it and why the others did not.
 
+    Attributes:
+        module: path of the module that made it in the model; "" for the model itself.
+        function: the public function.
+        input: dtype, shape and device.
+        kernel: what the operator computes: "3x3 stride 2x2 + 1x1".
+        output: the output's shape.
+        backend: which one took it.
+        why_not: {another backend: why it did not}.
+
     Example:
         >>> call = effops.explain(effops.SqueezeExcite(16), torch.randn(1, 16, 9, 9)).calls[0]
         >>> call.function, call.input, call.kernel

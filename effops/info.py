@@ -135,6 +135,10 @@ def collect() -> dict[str, Any]:
 def text(report: dict[str, Any], indent: int = 0) -> str:
     """The report as indented lines.
 
+    Args:
+        report: of `collect`, or a part of it.
+        indent: spaces ahead of its lines.
+
     Example:
         >>> from effops import info
         >>> print(info.text({"backends": {"reference": "works"}, "gpus": ["none"]}))

@@ -12,7 +12,11 @@ from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from torch import nn
 from torch.autograd import Function
+
+import effops
+from effops.models import registry
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -98,18 +102,22 @@ def _linked(prose: str) -> str:
     return "\n".join(line if line.startswith("    ") else _NAME.sub(link, line) for line in prose.split("\n"))
 
 
+def entries(body: str) -> list[str]:
+    """Those of a section such as Args, each in one line."""
+    return [" ".join(entry.split()) for entry in re.split(r"\n(?=\S)", textwrap.dedent(body).strip())]
+
+
 def _entry(text: str) -> str:
-    match = _ENTRY.fullmatch(text := " ".join(text.split()))
+    match = _ENTRY.fullmatch(text)
     return f"* `{match[1].replace(', ', '`, `')}`: {_linked(match[2])}" if match else f"* {_linked(text)}"
 
 
 def _section(title: str, body: str) -> str:
-    body = textwrap.dedent(body).strip()
     if title == "Example":
-        return f"```pycon\n{body}\n```"
+        return f"**Example**\n\n```pycon\n{textwrap.dedent(body).strip()}\n```"
     if title in ("Returns", "Shape"):
-        return f"**{title}**\n\n{_linked(body)}"
-    return f"**{title}**\n\n" + "\n".join(map(_entry, re.split(r"\n(?=\S)", body)))
+        return f"**{title}**\n\n{_linked(textwrap.dedent(body).strip())}"
+    return f"**{title}**\n\n" + "\n".join(map(_entry, entries(body)))
 
 
 def markdown(value: Any) -> str:
@@ -123,6 +131,8 @@ def markdown(value: Any) -> str:
 
 def signature(name: str, value: Any) -> str:
     """The call as Python writes it, in one line where it is short."""
+    if getattr(value, "__init__", None) is nn.Module.__init__:
+        return f"```python\n{name}()\n```\n"
     found = inspect.signature(getattr(value, "fget", value))
     parameters = [p for p in found.parameters.values() if p.name not in ("self", "cls")]
     returns = found.empty if inspect.isclass(value) else found.return_annotation
@@ -133,7 +143,7 @@ def signature(name: str, value: Any) -> str:
     text = re.sub(r"<class 'torch\.nn\.[\w.]*\.(\w+)'>", r"nn.\1", text)
     if len(text) > 100:
         inside, end = text[1:].rsplit(")", 1)
-        text = "(\n    " + re.sub(r", (?=\*|\w+(?:: |=|,|$))", ",\n    ", inside) + f",\n){end}"
+        text = "(\n    " + re.sub(r", (?=\*|\w+: )", ",\n    ", inside) + f",\n){end}"
     return f"```python\n{name}{text}\n```\n"
 
 
@@ -143,15 +153,22 @@ def _member(module: str, name: str, value: Any) -> Iterator[str]:
     yield ("" if function else signature(name, value) + "\n") + markdown(value)
     for method, body in methods(value) if inspect.isclass(value) else ():
         yield f"#### {name}.{method}\n\n{signature(method, body)}\n{markdown(body)}"
-    source = inspect.getsourcefile(inspect.unwrap(value))
-    path = Path(source).relative_to(ROOT).as_posix()
+    source = Path(inspect.getsourcefile(inspect.unwrap(value)))
+    path = source.relative_to(Path(effops.__file__).parent.parent).as_posix()
     yield f"Source: [{path}](../../{path})\n"
+
+
+def _registered(module: str) -> str:
+    """The names that a module has given the registry of models."""
+    builders = {name: entry.builder for name, entry in registry._MODELS.items()}
+    names = [name for name in sorted(builders) if getattr(builders[name], "func", builders[name]).__module__ == module]
+    return f"Registered: {', '.join(f'`{name}`' for name in names)}.\n" if names else ""
 
 
 def _page(title: str, modules: dict[str, tuple[str, ...]]) -> str:
     parts = [f"# {title}\n", f"{_WRITTEN} All pages: [README.md](README.md).\n"]
     for module, names in modules.items():
-        parts += [f"## {module}\n", markdown(importlib.import_module(module))]
+        parts += [f"## {module}\n", markdown(importlib.import_module(module)), *filter(None, [_registered(module)])]
         for name, value in members(module, names).items():
             parts += _member(module, name, value)
     return "\n".join(parts)

@@ -1,4 +1,4 @@
-"""Every public name has an example in its docstring, and it gives what it says: on the auto and the reference backend."""
+"""Every public name has an example in its docstring, and it gives what it says, also on the reference backend."""
 
 from __future__ import annotations
 
@@ -48,8 +48,11 @@ def test_every_public_name_has_an_example(module: str) -> None:
     assert missing == WITHOUT_EXAMPLE & {name for name, _ in public}
 
 
+WITH_EXAMPLES = [module for module in MODULES if any(_examples(*place).examples for place in _documented(module))]
+
+
 @pytest.mark.parametrize("backend", ["auto", "reference"])
-@pytest.mark.parametrize("module", MODULES)
+@pytest.mark.parametrize("module", WITH_EXAMPLES)
 def test_examples(module: str, backend: str) -> None:
     if module == "effops.autograd":  # calls kernels by name
         require_backend("cpp")
@@ -60,5 +63,3 @@ def test_examples(module: str, backend: str) -> None:
         with effops.use_backend(backend) if backend != "auto" else nullcontext():
             runner.run(_examples(name, value), out=report.append)
     assert runner.failures == 0, "".join(report)
-    ran_any = runner.tries > 0
-    assert ran_any or module in ("effops.models.bsconv", "effops.models.classifier")

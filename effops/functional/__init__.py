@@ -9,9 +9,11 @@ Shared by all of them:
         none, relu, relu6, leaky_relu, silu, hardswish, hardsigmoid, sigmoid, gelu; `negative_slope` belongs to
         leaky_relu. bias, scale and shift are [K], of the input's dtype or float32; residual has the convolution's
         output shape.
+    tensors: dense, on one device; weights and residuals have the input's dtype (float32, float64, float16 or bfloat16).
+        The result has it too, and is channels_last where the input's strides are.
     stride, dilation: an int or (height, width).
     padding: an int, (height, width), (left, right, top, bottom) as `F.pad` orders it, "same" (stride 1) or "valid".
-    backend: "auto", or a name of `effops.backends.names()`. One asked for by name never falls back.
+    backend: "auto", or a name of `effops.backends.names()`. One asked for by name never falls back: RuntimeError.
 
 Dimensions: N batch, C input channels, H W input size, R S window, P Q output size, K output channels.
 """

@@ -105,8 +105,8 @@ def blur_max_pool2d(
         backend: "auto" or a backend's name.
 
     Returns:
-        [N,C,P,Q], channels_last where the input's strides are. As of `F.max_pool2d` the gradient at a maximum goes to
-        the first of equal values, and a NaN is a maximum.
+        [N,C,P,Q] of the input's dtype, channels_last where the input's strides are. As of `F.max_pool2d` the gradient
+        at a maximum goes to the first of equal values, and a NaN is a maximum.
 
     Raises:
         TypeError: an argument of a wrong kind or dtype.

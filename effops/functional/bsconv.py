@@ -134,7 +134,7 @@ def bs_conv2d(
         input: [N,C,H,W]; any strides; N may be 0.
         pw_weight: [K,C,1,1]; [K,M,1,1] with a mid_weight.
         dw_weight: [K,1,R,S].
-        dw_bias: [K], or None; so are scale, shift, pw_bias, pw_scale and pw_shift.
+        dw_bias, pw_bias: [K], or None; so are scale, shift, pw_scale and pw_shift.
         stride, padding, dilation: the depthwise convolution's, as `depthwise_conv2d`.
         mid_weight: [M,C,1,1], the first pointwise convolution of BSConv-S, or None.
         mid_scale, mid_shift: [M], or None: a batch norm behind it.
@@ -151,7 +151,7 @@ def bs_conv2d(
         ValueError: a wrong shape, size, device or name; mid_scale or mid_shift without mid_weight.
         RuntimeError: the backend asked for by name cannot run this.
 
-    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.2 (BSConv-U) and 3.3 (BSConv-S).
+    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.3.1 (BSConv-U) and 3.3.2 (BSConv-S).
 
     Example:
         >>> x, pw, dw = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 1, 1), torch.randn(16, 1, 3, 3)

@@ -178,15 +178,15 @@ def ds_conv2d(
     Args:
         input: [N,C,H,W]; any strides; N may be 0.
         dw_weight: [D,1,R,S], D a multiple of C (with dw_share: [D / dw_share,1,R,S]); or a bank [B,R,S] of any length,
-            or its name, whose kernel c mod B serves depthwise channel c (D then follows from pw_weight).
+            its name or a `NamedBank`, whose kernel c mod B serves depthwise channel c (D then follows from pw_weight).
         pw_weight: [K,Cp+D,1,1], with Cp the channels of passthrough (0 without).
         dw_bias: [D], or None; so are dw_scale and dw_shift.
         pw_bias: [K], or None; so are scale and shift.
         stride, padding, dilation: the depthwise convolution's, as `depthwise_conv2d`.
         dw_activation, dw_negative_slope, dw_scale, dw_shift, dw_residual, dw_post_activation: the depthwise's epilogue;
             dw_residual is [N,D,P,Q].
-        batch_norm: training batch norm in the place of scale and shift: statistics of the batch, taken as the kernel
-            goes; the running statistics are updated in place.
+        batch_norm: a `BatchNorm`, training batch norm in the place of scale and shift: statistics of the batch, taken
+            as the kernel goes; the running statistics are updated in place.
         activation, negative_slope, scale, shift, residual, post_activation: the pointwise's epilogue; residual is
             [N,K,P,Q].
         passthrough: [N,Cp,P,Q], goes to the pointwise convolution beside the depthwise's result, or None.
@@ -202,10 +202,10 @@ def ds_conv2d(
 
     Raises:
         TypeError: an argument of a wrong kind or dtype.
-        ValueError: a wrong shape, size, device or name.
+        ValueError: a wrong shape, size, device or name; batch_norm beside scale or shift, or with one value a channel.
         RuntimeError: the backend asked for by name cannot run this.
 
-    MobileNets (arXiv 1704.04861, 3.1); with passthrough and keep, VGNet's blocks (arXiv 2207.10318).
+    MobileNets (arXiv 1704.04861, 3.1); with passthrough and keep, VGNet's blocks (arXiv 2207.10318, 4).
 
     Example:
         >>> x, dw, pw = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3), torch.randn(16, 8, 1, 1)
@@ -269,7 +269,7 @@ def half_identity2d(
     Raises:
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
 
-    VGNet (arXiv 2207.10318), HalfIdentityBlock.
+    VGNet (arXiv 2207.10318, 4 and Figure 8b), HalfIdentityBlock.
 
     Example:
         >>> left, right = torch.randn(2, 16, 9, 9).chunk(2, 1)
@@ -333,12 +333,12 @@ def downsampling2d(
         backend: "auto" or a backend's name.
 
     Returns:
-        [N,keep+K,P,Q]; with pool the sums [N,K] as well.
+        [N,keep+K,P,Q], the kept channels first; with pool the sums [N,K] as well.
 
     Raises:
         TypeError, ValueError, RuntimeError: as `ds_conv2d`.
 
-    VGNet (arXiv 2207.10318), DownsamplingBlock.
+    VGNet (arXiv 2207.10318, 4 and Figure 8a), DownsamplingBlock.
 
     Example:
         >>> x, pw = torch.randn(2, 8, 14, 14), torch.randn(24, 8, 1, 1)

@@ -141,7 +141,7 @@ def shared_depthwise_conv2d(
     Raises:
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`.
 
-    VGNet's last depthwise convolution (arXiv 2207.10318), with C / B = 8.
+    VGNet's last depthwise convolution (arXiv 2207.10318, Table 1: SharedDWConv2d), with C / B = 8.
 
     Example:
         >>> x, weight = torch.randn(2, 16, 9, 9), torch.randn(2, 1, 3, 3)
@@ -182,7 +182,7 @@ def fixed_filter_conv2d(
     post_activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """Depthwise convolution with a bank of fixed kernels: output channel o uses kernel o mod K.
+    """y[n, o] = conv(input[n, o // multiplier], bank[o mod K]): a depthwise convolution with fixed kernels.
 
     Args:
         input: [N,C,H,W].
@@ -236,7 +236,7 @@ def depthwise_stats2d(
 
     Args:
         input: [N,C,H,W].
-        weight: [K,1,R,S], K * share a multiple of C; or a bank [B,R,S] or a bank's name, as `ds_conv2d`.
+        weight: [K / share,1,R,S], K a multiple of C; or a bank [B,R,S], its name or a `NamedBank`: then K = C.
         bias: [K], or None.
         stride, padding, dilation, backend: as `depthwise_conv2d`.
         share: number of channel chunks that share the weight.
@@ -246,6 +246,8 @@ def depthwise_stats2d(
 
     Raises:
         TypeError, ValueError, RuntimeError: as `depthwise_conv2d`.
+
+    What batch normalisation takes of a batch (arXiv 1502.03167, Algorithm 1).
 
     Example:
         >>> x, weight = torch.randn(2, 8, 9, 9), torch.randn(8, 1, 3, 3)

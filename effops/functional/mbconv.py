@@ -151,7 +151,7 @@ def inverted_residual2d(
         project_weight: [K,D,1,1].
         expand_bias, expand_scale, expand_shift: [D], or None; only with expand_weight.
         dw_bias, dw_scale, dw_shift: [D], or None.
-        project_bias: [K], or None; so are scale and shift.
+        project_bias, scale, shift: [K], or None.
         stride, padding, dilation: the depthwise convolution's, as `depthwise_conv2d`.
         expand_activation, expand_negative_slope, expand_post_activation: of the expansion's epilogue.
         dw_activation, dw_negative_slope, dw_post_activation: of the depthwise's.

@@ -227,7 +227,7 @@ def multiception_conv2d(
 
         z = cat_k depthwise_conv2d(input, dw_weights[k])            scale-major: all channels of the first window first
         z = dw_post_act(dw_act(z + dw_bias) * dw_scale + dw_shift)  a batch norm's scale and shift, in eval
-        y = post_act(act(conv2d(z, pw_weight, stride) + pw_bias) * scale + shift + residual)
+        y = post_act(act(conv2d(z, pw_weight, stride=stride) + pw_bias) * scale + shift + residual)
 
     The stride is the pointwise convolution's over maps of stride 1, which is the depthwise convolutions' at the strided
     positions: only those are computed.

@@ -118,13 +118,13 @@ def separable_conv_pool2d(
     post_activation: str = "none",
     backend: str = "auto",
 ) -> Tensor:
-    """y = [pool2x1](col_chain([pool1x2](row_chain(input)))), EffNet's separable convolution as one kernel.
+    """y = pool2x1(col_chain(pool1x2(row_chain(input)))), EffNet's separable convolution as one kernel.
 
         row_chain(x) = row_post_act(row_act(conv1xS(x, row_weight) + row_bias) * row_scale + row_shift)
         col_chain(z) = post_act(act(convRx1(z, col_weight) + col_bias) * scale + shift)
 
-    Both convolutions are depthwise. The pools are max pools of two elements with stride 2 that drop an odd last one, as
-    `F.max_pool2d` does; what comes before and between them is never stored.
+    Both convolutions are depthwise. The pools, each optional, are max pools of two elements with stride 2 that drop an
+    odd last one, as `F.max_pool2d` does; what comes before and between them is never stored.
 
     Args:
         input: [N,C,H,W]; any strides; N may be 0.

@@ -76,7 +76,8 @@ def count_flops(model: nn.Module, input_size: tuple[int, ...], rules: Rules) -> 
     Args:
         model: of stock modules; it is copied, not changed.
         input_size: [N, C, H, W].
-        rules: of the convention.
+        rules: of the convention: operator (such as `torch.ops.aten.relu`, all its overloads) -> function of the
+            operator's arguments and its output that gives FLOPs.
 
     Returns:
         The sum over the operators that have a rule.

@@ -33,7 +33,11 @@ __all__ = ["Dataset", "Layer", "NutsAndBolts", "parse_layers"]
 
 
 class Layer(NamedTuple):
-    """One word of a layer string: `kind` is "c", "d", "T" or "P"; `channels` that it gives, 0 for a pool.
+    """One word of a layer string.
+
+    Attributes:
+        kind: "c", "d", "T" or "P", as `parse_layers` has them.
+        channels: that it gives; 0 for a pool.
 
     Example:
         >>> kind, channels = effops.models.nuts_and_bolts.parse_layers("T16")[0]
@@ -48,8 +52,11 @@ class Layer(NamedTuple):
 class Dataset(NamedTuple):
     """What the networks for one dataset share.
 
-    `unpadded` blocks (up to a pool each) have convolutions without padding; `dropout` maps the number of a unit to the
-    rate behind it.
+    Attributes:
+        in_channels: of the image.
+        bias: every convolution has one.
+        unpadded: so many blocks (up to a pool each) have convolutions without padding.
+        dropout: maps the number of a unit to the rate behind it.
 
     Example:
         >>> from effops.models.nuts_and_bolts import Dataset, NutsAndBolts
@@ -88,6 +95,9 @@ def parse_layers(text: str) -> list[Layer]:
     Args:
         text: words between spaces: cN a 3x3 convolution to N channels, dN a depthwise and a pointwise one, TN a
             transition (1x1 convolution), P a pool.
+
+    Returns:
+        One `Layer` a word.
 
     Raises:
         ValueError: a word that is none of these.
@@ -204,6 +214,9 @@ class NutsAndBolts(ImageClassifier):
 
     Shape:
         [N, in_channels, H, W] -> [N, num_classes].
+
+    Raises:
+        ValueError: a word of `text` that `parse_layers` does not know.
 
     Example:
         >>> model = create_model("mnist_5k_dw").eval()

@@ -5,6 +5,9 @@ steps and `load_state_dict` take effect at once. In eval mode a batch norm becom
 epilogue; in training its batch statistics are taken from the depthwise convolution without storing that one's result.
 
 What cannot be fused runs as the ordinary sub-modules do; `fusion_reasons()` and the module's repr say what and why.
+
+`device` and `dtype` are those of the parameters and buffers, as in torch's modules. What a call cannot do raises as its
+function in `effops.functional` does. `effops.stock` has the same modules in stock PyTorch.
 """
 
 from effops.modules._keys import ds_conv_key_map, inverted_residual_key_map

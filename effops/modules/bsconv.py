@@ -139,6 +139,9 @@ class _Blueprint(ResidualBlock):
         between them are folded in from their running statistics. It is the convolution alone: norm, act, the residual
         and post_act are not in it. The parameters are copies.
 
+        Returns:
+            A convolution [N, C, H, W] -> [N, K, P, Q], in the training mode that the block is in.
+
         Raises:
             ValueError: norms that shift, beside zero padding: the padding's zeros come behind the norm, where no dense
                 kernel can put them; norms without running statistics.
@@ -204,7 +207,7 @@ def _folded(where: str, name: str, norm: nn.Module, channels: int) -> tuple[Tens
 
 
 class BSConvU(_Blueprint):
-    """A 1x1 convolution, then a depthwise one: unconstrained blueprint separable convolution (arXiv 2003.13549, 3.2).
+    """A 1x1 convolution, then a depthwise one: unconstrained blueprint separable convolution (arXiv 2003.13549, 3.3.1).
 
         z = dw(bn(pw(x)))
         y = post_act(act(norm(z)) [+ x])           or, with norm_first=False,   post_act(norm(act(z)) [+ x])
@@ -286,7 +289,7 @@ class BSConvU(_Blueprint):
 
 
 class BSConvS(_Blueprint):
-    """Two 1x1 convolutions, then a depthwise one: subspace blueprint separable convolution (arXiv 2003.13549, 3.3).
+    """Two 1x1 convolutions, then a depthwise one: subspace blueprint separable convolution (arXiv 2003.13549, 3.3.2).
 
         z = dw(bn2(pw2(bn1(pw1(x)))))
         y = post_act(act(norm(z)) [+ x])           or, with norm_first=False,   post_act(norm(act(z)) [+ x])
@@ -423,7 +426,7 @@ def orthonormal_loss(model: nn.Module, alpha: float = 0.1) -> Tensor:
         TypeError: the model is not a module, alpha not a number.
         ValueError: the model has no such matrix; alpha is negative or not finite.
 
-    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), section 3.3, Eq. 9.
+    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), section 3.3.2, Eq. 9; of bottlenecks, section 4.2.
 
     Example:
         >>> block = effops.BSConvS(64, 128, 3)

@@ -21,6 +21,7 @@ class DepthwiseConv2d(nn.Conv2d):
     """y[n, c*m + j] = conv(x[n, c], weight[c*m + j]) + bias[c*m + j]: a depthwise `nn.Conv2d` on effops kernels.
 
     Parameters, state dict and initialisation are those of `nn.Conv2d(channels, channels * m, ..., groups=channels)`.
+    The first half of a depthwise separable convolution (MobileNets, arXiv 1704.04861, 3.1).
 
     Args:
         channels: input channels C.
@@ -157,7 +158,7 @@ class BankConv2d(nn.Module):
 class SharedDepthwiseConv2d(BankConv2d):
     """y[n, c] = conv(x[n, c], weight[c mod (C / share)]) + bias[c]: one learned bank for `share` chunks of channels.
 
-    The gradient of a kernel is the sum over its uses. VGNet's last depthwise convolution (arXiv 2207.10318, section 4)
+    The gradient of a kernel is the sum over its uses. VGNet's last depthwise convolution (arXiv 2207.10318, Table 1)
     with share 8.
 
     Args:
@@ -343,18 +344,19 @@ class FixedFilterConv2d(BankConv2d):
 
 
 class BlurPool2d(FixedFilterConv2d):
-    """Anti-aliased downsampling: y = depthwise_conv2d(x, blur, stride), zero padding.
+    """Anti-aliased downsampling: y[n, c] = conv(x[n, c], blur, stride).
 
     Zhang, "Making Convolutional Networks Shift-Invariant Again" (arXiv 1904.11486) uses the binomial filter.
 
     Args:
         channels: C.
-        kernel_size: edge length of the square filter.
+        kernel_size: edge length of the square filter; odd for the Gaussian.
         stride: int or (height, width).
         padding: as in `DepthwiseConv2d`; an even kernel_size needs it given.
         filter: "binomial" or "gaussian".
-        sigma: standard deviation of the Gaussian, in pixels.
+        sigma: standard deviation of the Gaussian, in pixels; above 0.
         alternate_sign: odd channels get the negated filter.
+        padding_mode, backend: as in `DepthwiseConv2d`.
 
     Shape:
         [N, C, H, W] -> [N, C, P, Q].

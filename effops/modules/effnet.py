@@ -202,7 +202,7 @@ class EffNetBlock(FusedBlock):
         dw: a `SeparableConvPool2d` with a norm behind its two linear layers; version 1 pools the width alone
 
     The paper does not say what follows the first pointwise convolution, nor the slope: here a norm and ReLU follow it,
-    and the slope is TensorFlow's default. The options are the paper's ablations (section 3 and 6.2); the defaults are
+    and the slope is TensorFlow's default. The options are the paper's ablations (sections 3 and 6.2); the defaults are
     its blocks. Version 1's strided 2x1 convolution runs as the pointwise product over two rows (`EF.ds_conv2d`, whose
     depthwise convolution makes two channels of two rows).
 

@@ -31,7 +31,7 @@ class SqueezeExcite(nn.Module):
     Args:
         channels: C.
         reduced_channels: between the products; None for `make_divisible(channels * ratio)`.
-        ratio: see there.
+        ratio: of the products' inner width to C, where reduced_channels is None.
         bias: both products have one.
         act: the name of an activation or a module, between the products.
         gate: "sigmoid" or "hardsigmoid".
@@ -42,6 +42,8 @@ class SqueezeExcite(nn.Module):
 
     Raises:
         TypeError, ValueError: an argument of a wrong kind or value.
+
+    Squeeze-and-Excitation Networks (arXiv 1709.01507, 3).
 
     Example:
         >>> se, x = effops.SqueezeExcite(64), torch.randn(1, 64, 9, 9)

@@ -80,9 +80,12 @@ class BSConv2dFunction(KernelFunction):
 
     Args:
         input: [N,C,H,W].
-        mid_weight: [M,C,1,1] or None; mid_scale, mid_shift: [M] or None.
-        pw_weight: [K,M,1,1], or [K,C,1,1] without mid_weight; pw_bias, pw_scale, pw_shift: [K] or None.
-        dw_weight: [K,1,R,S]; bias, scale, shift: [K] or None.
+        mid_weight: [M,C,1,1] or None.
+        mid_scale, mid_shift: [M] or None.
+        pw_weight: [K,M,1,1], or [K,C,1,1] without mid_weight.
+        pw_bias, pw_scale, pw_shift: [K] or None.
+        dw_weight: [K,1,R,S].
+        bias, scale, shift: [K] or None.
         residual: [N,K,P,Q] or None.
         geometry: the 14 ints of `effops/schemas.inc`.
         slopes: [pointwise slope, depthwise slope].
@@ -98,7 +101,7 @@ class BSConv2dFunction(KernelFunction):
     Raises:
         RuntimeError: under functorch transforms or forward-mode AD.
 
-    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.2 and 3.3.
+    "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), sections 3.3.1 and 3.3.2.
 
     Example:
         >>> x, pw, dw = torch.randn(2, 8, 9, 9), torch.randn(16, 8, 1, 1), torch.randn(16, 1, 3, 3)

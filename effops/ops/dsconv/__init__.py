@@ -213,8 +213,11 @@ def _gradients(ctx, grad_output) -> tuple[torch.Tensor | None, ...]:
 class DSConvPool2dFunction(KernelFunction):
     """`DSConv2dFunction` that also returns the sums of its K pointwise channels over each image.
 
-    Call it as `DSConvPool2dFunction.apply(...)` with the same arguments. It checks nothing:
-    `effops.functional.ds_conv2d(..., pool=True)` is the checked door to it.
+    Call it as `DSConvPool2dFunction.apply(...)`. It checks nothing: `effops.functional.ds_conv2d(..., pool=True)` is
+    the checked door to it.
+
+    Args:
+        The others: as for `DSConv2dFunction`.
 
     Returns:
         [N,keep+K,P,Q]; sums [N,K], float64 for a float64 input, else float32, which are not differentiable (they are

@@ -105,7 +105,7 @@ class DepthwiseConv2dFunction(KernelFunction):
     Args:
         input: [N,C,H,W].
         weight: [B,1,R,S]; output channel o uses kernel o mod B.
-        bias: [K] with K = C * multiplier, or None; so are scale and shift.
+        bias, scale, shift: [K] with K = C * multiplier, or None.
         residual: [N,K,P,Q] or None.
         geometry: the 13 ints of `effops/schemas.inc`.
         slope: negative slope of leaky_relu.
@@ -186,8 +186,12 @@ def kernel_gradients(
 class DepthwiseStatsFunction(KernelFunction):
     """mean, var = batch statistics of u = depthwise_conv2d(input, weight) + bias, without storing u.
 
-    Call it as `DepthwiseStatsFunction.apply(input, weight, bias, geometry, backend)`; arguments as for
-    `DepthwiseConv2dFunction`, with no activations in `geometry`.
+    Call it as `DepthwiseStatsFunction.apply(input, weight, bias, geometry, backend)`. It checks nothing:
+    `effops.functional.depthwise_stats2d` is the checked door to it.
+
+    Args:
+        input, weight, bias, backend: as for `DepthwiseConv2dFunction`.
+        geometry: as there, without activations.
 
     Returns:
         mean [K] and population variance [K] over N, P and Q: float64 for a float64 input, else float32.

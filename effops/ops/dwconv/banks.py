@@ -98,6 +98,14 @@ class NamedBank(NamedTuple):
 def bank(name: str, *, dtype: torch.dtype = torch.float32, device: torch.device | str | None = None) -> Tensor:
     """The bank of that name as a tensor [K,1,R,S].
 
+    Args:
+        name: "vgnet8" (six edge kernels, two Gaussians), "vgnet4" (two Sobel, two Laplacian kernels), "vgnet_blur",
+            "vgnet_blur_alternate" (with its negative), "binomial3" or "binomial5".
+        dtype, device: of the tensor.
+
+    Returns:
+        [K,1,R,S].
+
     Raises:
         ValueError: an unknown name.
 

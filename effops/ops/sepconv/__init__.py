@@ -83,13 +83,13 @@ def _sepconv_fwd_flops(
 
 
 class SeparableConvPool2dFunction(KernelFunction):
-    """y = [pool2x1](col_chain([pool1x2](row_chain(input)))), EffNet's separable convolution (arXiv 1801.06434, 4.2).
+    """y = pool2x1(col_chain(pool1x2(row_chain(input)))), EffNet's separable convolution (arXiv 1801.06434, 4.2).
 
     row_chain(x) = row_post_act(row_act(conv1xS(x, row_weight) + row_bias) * row_scale + row_shift) and
-    col_chain(z) = post_act(act(convRx1(z, col_weight) + bias) * scale + shift), both convolutions depthwise. Call it as
-    `SeparableConvPool2dFunction.apply(input, row_weight, row_bias, row_scale, row_shift, col_weight, bias, scale,
-    shift, geometry, slopes, backend)`. It checks nothing: `effops.functional.separable_conv_pool2d` is the checked door
-    to it.
+    col_chain(z) = post_act(act(convRx1(z, col_weight) + bias) * scale + shift), both convolutions depthwise, both pools
+    optional. Call it as `SeparableConvPool2dFunction.apply(input, row_weight, row_bias, row_scale, row_shift,
+    col_weight, bias, scale, shift, geometry, slopes, backend)`. It checks nothing:
+    `effops.functional.separable_conv_pool2d` is the checked door to it.
 
     Args:
         input: [N,C,H,W].
