@@ -137,7 +137,7 @@ def signature(name: str, value: Any) -> str:
     parameters = [p for p in found.parameters.values() if p.name not in ("self", "cls")]
     returns = found.empty if inspect.isclass(value) else found.return_annotation
     text = str(found.replace(parameters=parameters, return_annotation=returns))
-    text = re.sub(r"ForwardRef\(('.*?')\)", r"\1", text)
+    text = re.sub(r"ForwardRef\(('.*?')[^)]*\)", r"\1", text)
     text = re.sub(r"(: |-> )'(.*?)'", r"\1\2", text)  # annotations are strings
     text = text.replace("() -> ", ": ") if isinstance(value, property) else text
     text = re.sub(r"<class 'torch\.nn\.[\w.]*\.(\w+)'>", r"nn.\1", text)
