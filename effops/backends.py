@@ -224,7 +224,7 @@ BACKENDS: list[Backend] = [_Triton(), _Cuda(), _Cpp(), _Reference()]
 
 
 def names() -> tuple[str, ...]:
-    """What `backend=`, `use_backend` and EFFOPS_BACKEND accept.
+    """What `backend=`, `use_backend` and EFFOPS_BACKEND accept: "auto", then the backends in the order that it tries.
 
     Example:
         >>> effops.backends.names()

@@ -11,7 +11,8 @@ Three layers or blocks for 32 x 32 images, each of which halves height and width
     effnet_mob_imp_*       the same with a max pool for the stride and a leaky ReLU last (6.2)
     effnet_large_*         a stand-in: see below
 
-each for cifar10, svhn and gtsrb. Channels are 64, 128, 256 for CIFAR-10 (Table 1); 12, 24, 48 for SVHN and 8, 16, 32
+each for cifar10, svhn and gtsrb. v2, mobilenetv2 and mob_imp take `expansion`, 6 by default; the paper has 2, 4 and 6
+(Tables 5 to 7). Channels are 64, 128, 256 for CIFAR-10 (Table 1); 12, 24, 48 for SVHN and 8, 16, 32
 for GTSRB are inferred from the printed FLOPs, and so is where the depth multiplier of the revised block is. Not in the
 paper, and ours: a batch norm behind every convolution; ReLU behind the first 1x1 convolution of EffNet's blocks and
 behind MobileNet's depthwise one, ReLU6 in MobileNetV2's blocks; the slope 0.2. None of them is in the FLOPs. There are
@@ -83,6 +84,9 @@ class EffNet(ImageClassifier):
     Shape:
         [N, in_channels, 32, 32] -> [N, num_classes]. Of other sizes the map is average-pooled to 4 x 4, which the paper
         has no need for.
+
+    Raises:
+        TypeError, ValueError: `create_model` with an expansion that is not an int above 0.
 
     Example:
         >>> model = create_model("effnet_v1_cifar10").eval()

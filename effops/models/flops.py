@@ -163,6 +163,12 @@ def osmr_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
         model: a network of stock modules.
         input_size: [N, C, H, W].
 
+    Returns:
+        FLOPs of the whole batch.
+
+    Raises:
+        ValueError: as `count_flops`.
+
     "Rethinking Depthwise Separable Convolutions" (arXiv 2003.13549), Table 2: to all its digits.
 
     Example:
@@ -202,6 +208,12 @@ def bsconv_readme_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
         model: a network of stock modules.
         input_size: [N, C, H, W].
 
+    Returns:
+        FLOPs of the whole batch.
+
+    Raises:
+        ValueError: as `count_flops`.
+
     Example:
         >>> from effops.models.flops import bsconv_readme_flops
         >>> model = create_model("mobilenetv1", width=0.25, input="cifar", num_classes=10, reference=True)
@@ -230,6 +242,12 @@ def effnet_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
         model: a network of stock modules.
         input_size: [N, C, H, W].
 
+    Returns:
+        FLOPs of the whole batch.
+
+    Raises:
+        ValueError: as `count_flops`.
+
     EffNet (arXiv 1801.06434), Tables 2 to 7.
 
     Example:
@@ -250,6 +268,9 @@ def effnet_baseline_slip(channels: int, classes: int) -> int:
         channels: of the last layer.
         classes: outputs of the linear layer.
 
+    Returns:
+        FLOPs to be added to those of `effnet_flops`.
+
     Example:
         >>> from effops.models.flops import effnet_baseline_slip, effnet_flops
         >>> model = create_model("effnet_baseline_svhn", reference=True)
@@ -268,6 +289,9 @@ def effnet_early_pool(in_channels: int, expansion: int) -> int:
     Args:
         in_channels: of the last block; 2 * floor(in_channels * expansion / 2) go through that convolution.
         expansion: the expansion rate.
+
+    Returns:
+        FLOPs to be taken from those of `effnet_flops`.
 
     Example:
         >>> from effops.models.flops import effnet_early_pool, effnet_flops
@@ -300,6 +324,12 @@ def vgnet_flops(model: nn.Module, input_size: tuple[int, ...]) -> int:
     Args:
         model: a network of stock modules.
         input_size: [N, C, H, W].
+
+    Returns:
+        FLOPs of the whole batch.
+
+    Raises:
+        ValueError: as `count_flops`.
 
     Example:
         >>> from effops.models.flops import vgnet_flops

@@ -53,6 +53,9 @@ class MobileNetV2(ImageClassifier):
     Shape:
         [N, in_channels, H, W] -> [N, num_classes].
 
+    Raises:
+        ValueError: a width that is not above 0.
+
     Example:
         >>> model = create_model("mobilenet_v2", width=0.5).eval()
         >>> model.num_features, sum(p.numel() for p in model.parameters())

@@ -56,6 +56,9 @@ class DenseNet(BlueprintClassifier):
     Shape:
         [N, in_channels, H, W] -> [N, num_classes], H and W at least 32.
 
+    Raises:
+        ValueError: an unknown form.
+
     Example:
         >>> model = create_model("densenet121_bsconvu", num_classes=120)
         >>> model.num_features, sum(p.numel() for p in model.parameters())

@@ -161,6 +161,9 @@ class BlueprintClassifier(ImageClassifier):
         data_bn: a batch norm on the image, as in the authors' package. The paper does not tell whether its networks
             had it; its printed counts fit both ways.
 
+    Shape:
+        [N, in_channels, H, W] -> [N, num_classes].
+
     Example:
         >>> model = create_model("cifar_resnet20_bsconvu", num_classes=100)
         >>> model.author_key_map(["backbone.stage1.unit1.conv1.bn.weight"])

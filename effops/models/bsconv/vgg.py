@@ -38,6 +38,9 @@ class VGG(BlueprintClassifier):
     Shape:
         [N, in_channels, H, W] -> [N, num_classes], H and W at least 32.
 
+    Raises:
+        ValueError: an unknown form.
+
     Example:
         >>> standard, blueprint = (create_model(name, num_classes=120) for name in list_models("vgg16_bn*"))
         >>> [sum(p.numel() for p in model.parameters()) for model in (standard, blueprint)]

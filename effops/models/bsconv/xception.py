@@ -99,6 +99,9 @@ class Xception(BlueprintClassifier):
     Shape:
         [N, in_channels, H, W] -> [N, num_classes]; Xception's own size is 299 x 299.
 
+    Raises:
+        ValueError: an unknown form.
+
     Example:
         >>> model = create_model("xception_bsconvu", num_classes=120)
         >>> sum(p.numel() for p in model.parameters())
