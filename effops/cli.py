@@ -47,6 +47,11 @@ def _from(module: str, name: str) -> Callable:
 # name: (help, add its arguments to a parser, run it with the parsed arguments and return the exit status)
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None], Callable[[argparse.Namespace], int]]] = {
     "info": ("versions, CPU, backends and why not the others, environment", _add_info, _run_info),
+    "list": (
+        "the models, and with --counts what they cost and what their papers print",
+        _from("effops.models.listing", "add_arguments"),
+        _from("effops.models.listing", "main"),
+    ),
     "run": (
         "photographs through two networks, stock and effops",
         _from("effops.run", "add_arguments"),
