@@ -13,7 +13,6 @@ from torch import nn
 
 from benchmarks import gate
 from benchmarks.problems import FORMATS
-from benchmarks.shapes import MODEL_SIZE
 
 
 def in_place(model: nn.Module) -> nn.Module:
@@ -25,19 +24,20 @@ def in_place(model: nn.Module) -> nn.Module:
 
 
 class ModelProblem:
-    """A registered model at 224x224 with seeded random weights, as stock PyTorch and as effops, eval mode."""
+    """A registered model at its own input size with seeded random weights, as stock PyTorch and as effops, eval mode."""
 
     def __init__(
         self, name: str, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
     ) -> None:
         import effops
+        from effops.models.published import input_size
 
         torch.manual_seed(0)
         self._effops = effops.create_model(name).eval().requires_grad_(False)
         spread_statistics(self._effops)
         self._stock = effops.create_model(name, reference=True).eval().requires_grad_(False)
         self._stock.load_state_dict(self._effops.state_dict())
-        self._x = torch.randn(batch, 3, MODEL_SIZE, MODEL_SIZE)
+        self._x = torch.randn(batch, *input_size(name)[1:])
         self._effops, self._stock = self._effops.to(device, dtype), self._stock.to(device, dtype)
         self._x = self._x.to(device, dtype)
         self._ends = (

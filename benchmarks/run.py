@@ -212,7 +212,7 @@ def bf16_jobs(args: argparse.Namespace) -> list[Job]:
 
 def models_jobs(args: argparse.Namespace) -> list[Job]:
     jobs = []
-    for name in shapes.MODELS:
+    for name in shapes.QUICK_MODELS if args.quick else shapes.MODELS:
         if args.shapes and not any(part in name for part in args.shapes):
             continue
         for batch in args.batches:

@@ -470,8 +470,12 @@ GPU_TRAINING = (
     "squeeze_excite-72-28", "blur_max_pool-56-56",
 )  # fmt: skip
 
-MODELS = ("vgnetg_1_0mp", "mobilenet_v2")
-MODEL_SIZE = 224
+# Each at its own input size. The first two are those of `--quick` and of `make gpu`.
+MODELS = (
+    "vgnetg_1_0mp", "mobilenet_v2", "vgnetg_2_5mp", "mobilenetv1_bsconvu", "multiception_resnet50", "effnet_v1_cifar10",
+    "effnet_v2_cifar10",
+)  # fmt: skip
+GPU_MODELS = QUICK_MODELS = MODELS[:2]
 
 # The subset of `--quick`: one shape of each kind.
 QUICK = {

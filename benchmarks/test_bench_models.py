@@ -1,4 +1,4 @@
-"""Whole networks, eager forward at 224x224."""
+"""Whole networks, eager forward at their own input sizes."""
 
 import pytest
 import torch

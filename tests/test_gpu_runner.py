@@ -59,7 +59,7 @@ def test_plan_covers_the_table_of_shapes() -> None:
         assert ((case.name, "float16", False, "forward+backward") in pairs) is (case.bank == "learned")
     models = {(r["case"], r["precision"], r["direction"]) for r in requests if r["kind"] == "model"}
     assert models == {
-        (m, p, d) for m in shapes.MODELS for p in ("float16", "float32") for d in ("forward", "forward+backward")
+        (m, p, d) for m in shapes.GPU_MODELS for p in ("float16", "float32") for d in ("forward", "forward+backward")
     }
 
 

@@ -88,7 +88,7 @@ def _blocks(names: Sequence[str], precision: str, direction: str, sides: Sequenc
 
 
 def _models(precision: str, direction: str, batch: int, sides: Sequence[str]) -> list[Item]:
-    return [_measurement("model", name, batch, precision, direction, sides) for name in shapes.MODELS]
+    return [_measurement("model", name, batch, precision, direction, sides) for name in shapes.GPU_MODELS]
 
 
 def _learned(names: Sequence[str]) -> list[str]:

@@ -249,6 +249,7 @@ class ModelStep:
 
     def __init__(self, name: str, batch: int, precision: str, device: torch.device) -> None:
         import effops
+        from effops.models.published import input_size
 
         torch.manual_seed(0)
         own = effops.create_model(name)
@@ -261,9 +262,9 @@ class ModelStep:
             for module in model.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = 0.0  # random numbers would differ from side to side
-        size = shapes.MODEL_SIZE
-        self._x = torch.randn(batch, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
-        self._grad = torch.randn(batch, 1000, device=device) / batch
+        x = torch.randn(batch, *input_size(name)[1:], device=device)
+        self._x = x.contiguous(memory_format=torch.channels_last)
+        self._grad = torch.randn(batch, own.num_classes, device=device) / batch
         self._precision, self._device, self._batch = precision, device, batch
 
     def _autocast(self) -> contextlib.AbstractContextManager:
