@@ -24,7 +24,7 @@ def in_place(model: nn.Module) -> nn.Module:
 
 
 class ModelProblem:
-    """A registered model at its own input size with seeded random weights, as stock PyTorch and as effops, eval mode."""
+    """A registered model at its own input size, seeded random weights, as stock PyTorch and as effops, eval mode."""
 
     def __init__(
         self, name: str, batch: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
