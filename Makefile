@@ -73,6 +73,7 @@ docs: $(VENV)/.install ## the API reference, docs/api, from the docstrings
 bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
 	$(PY) benchmarks/run.py all $(ARGS)
 	$(PY) benchmarks/report.py
+	$(PY) benchmarks/model_table.py
 
 gpu: ## GPU tests and benchmarks in order of weight (BUDGET=540 RESULTS=DIR); without a GPU: what it would do
 	$(GPU_PYTHON) -m benchmarks.gpu $(if $(BUDGET),--budget $(BUDGET)) $(if $(RESULTS),--out "$(RESULTS)") \

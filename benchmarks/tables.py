@@ -11,8 +11,9 @@ def geomean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs)) if logs else math.nan
 
 
-def table(header: list[str], rows: list[list[str]]) -> str:
-    rule = ["---" if i == 0 else "---:" for i in range(len(header))]
+def table(header: list[str], rows: list[list[str]], left: int = 1) -> str:
+    """A table in Markdown; its first `left` columns are text and stand to the left, the others to the right."""
+    rule = ["---" if i < left else "---:" for i in range(len(header))]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, rule, *rows])
 
 
