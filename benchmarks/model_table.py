@@ -40,9 +40,10 @@ table has every registered model with its default arguments at its own input siz
 multiply-accumulates (MACs) of convolutions and linear layers as `torch.utils.flop_counter` counts them, and FLOPs as
 its paper counts them: each paper has a convention of its own (`effops/models/flops.py`).
 
-*published* says how many of the numbers printed about a model come out when the network is counted as it runs, rounded
-to the printed digits or cut off after them; *+n* are those that come out only as the table counted, with a slip or with
-parameters that do nothing. The second part has them one by one, with what is known where print and count differ.
+*published* says how many of the numbers printed about a model come out when the network is counted as it runs and
+rounded to the printed digits (two prints are cut off after them instead); *+n* are those that come out only as the
+table counted, with a slip or with parameters that do nothing. The second part has them one by one, with what is known
+where print and count differ.
 """
 
 
