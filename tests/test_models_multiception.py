@@ -15,14 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import effops
 from effops import modules
-from effops.models import create_model, list_models
+from effops.models import create_model, list_models, published
 from effops.models.multiception import ShakeShake
 
 NETS = ("resnet20", "resnet50", "senet56", "shakenet26_2x96d", "mobilenetv2")
 CONVS = ("multiception", "standard", "dsconv", "mixconv", "repo_mixconv")
 DEAD = 584_640  # parameters of the shortcuts that ShakeNet's authors build and never call
 
-# (net, conv): (parameters, multiply-accumulates at 32 x 32), 10 classes; what is published is in TABLE_5
+# (net, conv): (parameters, multiply-accumulates at 32 x 32), 10 classes; the prints: test_models_published.py
 COUNTS = {
     ("resnet20", "standard"): (272_474, 40_813_184),
     ("resnet20", "multiception"): (189_434, 32_408_192),
@@ -40,24 +40,6 @@ COUNTS = {
     ("shakenet26_2x96d", "dsconv"): (15_451_178, 2_252_025_600),
     ("mobilenetv2", "multiception"): (2_252_634, 33_452_032),
     ("mobilenetv2", "dsconv"): (2_236_330, 24_461_312),
-}
-# net, classes; millions of parameters printed for the standard network and for Multiception
-TABLE_5 = (
-    ("resnet20", 10, "0.2724", "0.1899"),
-    ("resnet50", 10, "0.7586", "0.5094"),
-    ("senet56", 10, "0.8679", "0.5886"),
-    ("shakenet26_2x96d", 10, "26.78", "17.57"),
-    ("resnet50", 100, "0.7644", "0.5153"),
-    ("shakenet26_2x96d", 100, "26.81", "17.59"),
-    ("resnet50", 10, "0.7586", "0.5094"),  # STL-10
-    ("resnet50", 1000, "0.8229", "0.5738"),  # ImageNet32x32
-)
-# Prints that do not come out: how far our count is from them, in per cent.
-UNEXPLAINED = {
-    ("resnet20", 10, "multiception"): -0.25,
-    ("senet56", 10, "multiception"): -0.52,
-    ("shakenet26_2x96d", 100, "multiception"): 0.06,
-    ("resnet20", 10, "standard"): 0.03,  # truncated: 272,474
 }
 
 
@@ -86,12 +68,6 @@ def parameters_of(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
-def published(net: str, classes: int, conv: str) -> int:
-    """Parameters as the authors counted them."""
-    dead = {"dead_shortcuts": True} if net.startswith("shakenet") else {}
-    return parameters_of(on_meta(net, conv=conv, num_classes=classes, **dead))
-
-
 def test_every_model_is_counted_here() -> None:
     assert list_models("multiception_*") == sorted(f"multiception_{net}" for net in NETS)
     assert {net for net, _ in COUNTS} == set(NETS)
@@ -110,32 +86,21 @@ def test_counts(case: tuple[str, str]) -> None:
     assert counter.get_total_flops() == 2 * macs
 
 
-@pytest.mark.parametrize("conv", ["standard", "multiception"])
-@pytest.mark.parametrize("row", TABLE_5, ids=lambda row: f"{row[0]}-{row[1]}")
-def test_table_5(row: tuple[str, int, str, str], conv: str) -> None:
-    net, classes, *prints = row
-    printed = prints[conv == "multiception"]
-    counted = published(net, classes, conv) / 1e6
-    agrees = f"{counted:.{len(printed.partition('.')[2])}f}" == printed
-    assert agrees == ((net, classes, conv) not in UNEXPLAINED)
-    if not agrees:
-        assert round(100 * (counted / float(printed) - 1), 2) == UNEXPLAINED[net, classes, conv]
-
-
 def test_mean_reduction_of_table_5() -> None:
     """Printed as 32.48 %, which is the mean of the printed rows; ours with the dead parameters and without."""
+    table = [figure for figure in published.FIGURES if figure.source.startswith("Multiception, Table 5")]
+    assert [figure.arguments["conv"] for figure in table] == ["standard", "multiception"] * 8
+    compared = [published.compare(figure) for figure in table]
 
-    def mean(pairs: list[tuple[float, float]]) -> float:
-        return sum(100 * (1 - ours / standard) for standard, ours in pairs) / len(pairs)
+    def mean(values: list[float]) -> str:
+        reductions = [100 * (1 - ours / standard) for standard, ours in zip(values[::2], values[1::2], strict=True)]
+        return f"{sum(reductions) / len(reductions):.2f}"
 
-    counts = [[published(net, classes, conv) for conv in CONVS[1::-1]] for net, classes, *_ in TABLE_5]
-    live = [
-        [count - DEAD * net.startswith("shakenet") for count in pair]
-        for pair, (net, *_) in zip(counts, TABLE_5, strict=True)
-    ]
-    assert f"{mean([(float(a), float(b)) for *_, a, b in TABLE_5]):.2f}" == "32.48"
-    assert f"{mean(counts):.2f}" == "32.54"
-    assert f"{mean(live):.2f}" == "32.73"
+    assert mean([float(figure.printed.removesuffix("M")) for figure in table]) == "32.48"
+    assert mean([comparison.best.counted for comparison in compared]) == "32.54"
+    assert mean([comparison.own.counted for comparison in compared]) == "32.73"
+    dead = [c.reading.counted - c.own.counted for c in compared if c.reading is not None]
+    assert dead == [DEAD] * 4
 
 
 def test_last_stage_has_two_banks() -> None:
