@@ -282,9 +282,11 @@ def test_every_environment_variable_is_in_the_readme() -> None:
     assert read <= set(re.findall(r"^\| `(\w+)`", table, re.MULTILINE))
 
 
-def test_the_readme_example_runs() -> None:
-    (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(example, "README.md", "exec"), {})
+def test_the_readme_examples_run() -> None:
+    examples = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "README.md", "exec"), {})
 
 
 def test_the_readme_names_what_exists() -> None:
