@@ -70,7 +70,7 @@ format: $(VENV)/.lint ## mends what lint complains about where a machine can
 docs: $(VENV)/.install ## the API reference, docs/api, from the docstrings
 	$(PY) tests/api_docs.py docs/api
 
-bench: build ## the benchmarks on a quiet machine, ~35 minutes, then the README's tables (ARGS="--quick": a trial run)
+bench: build ## the benchmarks on a quiet machine, over an hour, then the README's tables (ARGS="--quick": a trial run)
 	$(PY) benchmarks/run.py all $(ARGS)
 	$(PY) benchmarks/report.py
 	$(PY) benchmarks/model_table.py

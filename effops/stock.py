@@ -110,26 +110,20 @@ class BlurMaxPool2d(modules.BlurMaxPool2d):
         return F.conv2d(y, kernel, None, self.stride, groups=y.shape[1])
 
 
-def _behind(block: nn.Module, y: Tensor, residual: Tensor | None) -> Tensor:
-    """norm, act, the residual and post_act of a block."""
-    y = block.act(block.norm(y)) if block.norm_first else block.norm(block.act(y))
-    return block.post_act(y if residual is None else y + residual)
-
-
 class FusedDSConv(modules.FusedDSConv):
     """`effops.FusedDSConv` as its sub-modules compute it one by one: nothing is fused."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         z = self.dw(F.pad(input, self.uneven_padding) if self.uneven_padding else input)
         z = self.dw_act(self.dw_norm(z)) if self.norm_first else self.dw_norm(self.dw_act(z))
-        return _behind(self, self.pw(z), self._residual_of(input, residual))
+        return self._run_behind(self.pw(z), self._residual_of(input, residual))
 
 
 class BSConvU(modules.BSConvU):
     """`effops.BSConvU` as its sub-modules compute it one by one."""
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
-        return _behind(self, self.dw(self.bn(self.pw(input))), self._residual_of(input, residual))
+        return self._run_behind(self.dw(self.bn(self.pw(input))), self._residual_of(input, residual))
 
 
 class BSConvS(modules.BSConvS):
@@ -137,7 +131,7 @@ class BSConvS(modules.BSConvS):
 
     def forward(self, input: Tensor, residual: Tensor | None = None) -> Tensor:
         z = self.bn2(self.pw2(self.bn1(self.pw1(input))))
-        return _behind(self, self.dw(z), self._residual_of(input, residual))
+        return self._run_behind(self.dw(z), self._residual_of(input, residual))
 
 
 class MulticeptionConv2d(modules.MulticeptionConv2d):

@@ -78,6 +78,7 @@ def test_threads(threads: int, cpp: str) -> None:
         output, sums = pooled(tensors, case, cpp)
         again = pooled(tensors, case, cpp)
         assert torch.equal(output, again[0]) and torch.equal(sums, again[1])
+        # Exact values have their test above; here a range that was left out or counted twice would show.
         torch.testing.assert_close(sums, output[:, case.keep :].double().sum((2, 3)).float(), rtol=1e-5, atol=1e-3)
 
 
@@ -126,6 +127,7 @@ def test_squeeze_excite_takes_the_sums_over(name: str, backend: str) -> None:
         grad = make_grad_output(case, y.shape).double()
         results.append([y, *torch.autograd.grad(y, [tensors[key] for key in names], grad)])
     for what, with_sums, without in zip(["output", *names], *results, strict=True):
+        # The message is made at once, so that a later `what` cannot get into it: B023 does not see that.
         torch.testing.assert_close(with_sums, without, rtol=1e-11, atol=1e-11, msg=lambda text: f"{what}: {text}")  # noqa: B023
 
 
