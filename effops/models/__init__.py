@@ -13,17 +13,23 @@ Example:
 """
 
 from effops.models import bsconv, effnet, mobilenetv2, multiception, nuts_and_bolts, vgnet
+from effops.models.features import FeatureExtractor, FeatureInfo
 from effops.models.registry import create_model, is_model, list_models, register_model
+from effops.models.weights import load_weights, save_weights
 
 __all__ = [
+    "FeatureExtractor",
+    "FeatureInfo",
     "bsconv",
     "create_model",
     "effnet",
     "is_model",
     "list_models",
+    "load_weights",
     "mobilenetv2",
     "multiception",
     "nuts_and_bolts",
     "register_model",
+    "save_weights",
     "vgnet",
 ]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from types import ModuleType
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from effops.models.features import FeatureInfo, Step, run_stages, stages_of
 from effops.modules._arguments import ActivationLike, make_activation
 
 __all__ = ["ImageClassifier", "activation_factory"]
@@ -42,12 +43,20 @@ def activation_factory(layers: ModuleType, act: ActivationLike) -> Callable[[], 
 class ImageClassifier(nn.Module):
     """Features, global average pool, classifier.
 
-    Subclasses define `forward_features` and set `num_features`, `num_classes` and `classifier`.
+    Subclasses define `forward_features` and set `num_features`, `num_classes`, `classifier` and `steps`: the parts that
+    `forward_features` runs one after another.
     """
 
+    name: str = ""  # in the registry; `create_model` sets it
     num_features: int
     num_classes: int
     classifier: nn.Module
+    steps: Sequence[Step]
+
+    @property
+    def feature_info(self) -> FeatureInfo:
+        """The stages' feature maps: channels, reductions, sub-modules."""
+        return FeatureInfo(stages_of(self.steps))
 
     @property
     def head_hidden_size(self) -> int:
@@ -57,6 +66,32 @@ class ImageClassifier(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, 3, H, W] -> [N, num_features, h, w]."""
         raise NotImplementedError
+
+    def forward_intermediates(
+        self, x: Tensor, indices: Sequence[int] | None = None, *, intermediates_only: bool = False
+    ) -> tuple[Tensor, list[Tensor]] | list[Tensor]:
+        """The features and the stages' maps, as timm gives them; all stages run.
+
+        Args:
+            x: [N, in_channels, H, W].
+            indices: stages of which the maps are given; negative ones count from the end. None for all.
+            intermediates_only: the maps alone.
+
+        Returns:
+            (what `forward_features` gives, the maps), or the maps.
+
+        Raises:
+            TypeError, ValueError: indices of a wrong kind, out of range, or twice.
+
+        Example:
+            >>> model = create_model("vgnetg_1_0mp").eval()
+            >>> features, (first, last) = model.forward_intermediates(torch.zeros(1, 3, 64, 64), (0, -1))
+            >>> tuple(first.shape), tuple(last.shape), last is features
+            ((1, 28, 32, 32), (1, 368, 2, 2), True)
+        """
+        info = FeatureInfo(stages_of(self.steps), indices)
+        x, maps = run_stages(self, x, info.stages, info.out_indices)
+        return maps if intermediates_only else (x, maps)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """[N, num_features, h, w] -> [N, num_classes], or the pooled features [N, num_features] with `pre_logits`."""

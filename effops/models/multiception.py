@@ -35,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
+from effops.models.features import Step
 from effops.models.mobilenetv2 import MobileNetV2
 from effops.models.registry import register_model
 from effops.modules._arguments import check_int
@@ -167,8 +168,10 @@ class CifarResNet(ImageClassifier):
         channels = 16
         act = activation_factory(layers, "relu")
         self.stem = nn.Sequential(nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), _BN(channels), act())
+        self.steps = [Step("stem", channels)]
         stages = []
         for unit, out_channels, stride in zip(units, (16, 32, 64), (1, 2, 2), strict=True):
+            self.steps.append(Step(f"stages.{len(stages)}", out_channels, stride))
             stage = [_ResidualBlock(layers, unit, channels, out_channels, stride, se)]
             stage += [_ResidualBlock(layers, unit, out_channels, out_channels, 1, se) for _ in range(blocks - 1)]
             stages.append(nn.Sequential(*stage))
@@ -314,14 +317,17 @@ class ShakeNet(ImageClassifier):
         units = _units(layers, conv, kernel_sizes, _STAGES)
         channels = 16
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.steps = [Step("stem", channels)]
         stages = []
         for unit, out_channels, stride in zip(units, (96, 192, 384), (first_stride, 2, 2), strict=True):
+            self.steps.append(Step(f"stages.{len(stages)}", out_channels, stride))
             stage = [_ShakeBlock(unit, channels, out_channels, stride, False)]
             stage += [_ShakeBlock(unit, out_channels, out_channels, 1, dead_shortcuts) for _ in range(3)]
             stages.append(nn.Sequential(*stage))
             channels = out_channels
         self.stages = nn.Sequential(*stages)
         self.act = activation_factory(layers, "relu")()
+        self.steps.append(Step("act", channels))
         self.num_features = channels
         self.num_classes = num_classes
         self.classifier = nn.Linear(channels, num_classes) if num_classes else nn.Identity()
@@ -401,6 +407,7 @@ class MulticeptionMobileNetV2(MobileNetV2):
         units = _units(layers, conv, kernel_sizes, 2)
         super().__init__(layers, num_classes=num_classes, in_channels=in_channels, dropout=dropout)
         self.features[0][0] = nn.Conv2d(in_channels, 32, 3, padding=1, bias=False)
+        self.steps[0] = self.steps[0]._replace(stride=1)
         first, second = units
         for index, (unit, channels, out_channels, stride, expansion) in enumerate(
             ((first, 32, 16, 1, 1), (second, 16, 24, 2, 6), (second, 24, 24, 1, 6)), 1

@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 
 __all__ = ["Dataset", "Layer", "NutsAndBolts", "parse_layers"]
@@ -116,7 +117,10 @@ def parse_layers(text: str) -> list[Layer]:
 
 
 class _Builder:
-    """Makes the modules of one network; each method knows what comes ahead by `channels`, `unit` and `pool`."""
+    """Makes the modules of one network; each method knows what comes ahead by `channels`, `unit` and `pool`.
+
+    `steps` are those of `ImageClassifier`.
+    """
 
     def __init__(self, layers: ModuleType, dataset: Dataset, in_channels: int, blurpool: bool, se: bool) -> None:
         self.layers = layers
@@ -126,22 +130,27 @@ class _Builder:
         self.relu = activation_factory(layers, "relu")
         self.channels = in_channels
         self.unit = self.pool = 0
+        self.steps: list[Step] = []
 
     def features(self, text: str) -> nn.Sequential:
         modules: OrderedDict[str, nn.Module] = OrderedDict()
+
+        def add(name: str, module: nn.Module, stride: int = 1) -> None:
+            modules[name] = module
+            self.steps.append(Step(f"features.{name}", self.channels, stride))
+
         for kind, out in parse_layers(text):
             if kind == "P":
                 self.pool += 1
-                modules[f"pool{self.pool}"] = self.layers.BlurMaxPool2d() if self.blurpool else nn.MaxPool2d(2)
+                add(f"pool{self.pool}", self.layers.BlurMaxPool2d() if self.blurpool else nn.MaxPool2d(2), stride=2)
                 continue
-            if kind == "T":
-                modules[f"transition{self.pool + 1}"] = self._transition(out)
-            else:
+            if kind != "T":
                 self.unit += 1
-                modules[f"conv{self.unit}"] = self._conv_unit(out) if kind == "c" else self._depthwise_unit(out)
-                if self.unit in self.dataset.dropout:
-                    modules[f"drop{self.unit}"] = nn.Dropout(self.dataset.dropout[self.unit])
+            made = {"T": self._transition, "c": self._conv_unit, "d": self._depthwise_unit}[kind](out)
             self.channels = out
+            add(f"transition{self.pool + 1}" if kind == "T" else f"conv{self.unit}", made)
+            if kind != "T" and self.unit in self.dataset.dropout:
+                add(f"drop{self.unit}", nn.Dropout(self.dataset.dropout[self.unit]))
         return nn.Sequential(modules)
 
     @property
@@ -243,6 +252,7 @@ class NutsAndBolts(ImageClassifier):
         channels = dataset.in_channels if in_channels is None else in_channels
         builder = _Builder(layers, dataset, channels, blurpool, se)
         self.features = builder.features(text)
+        self.steps = builder.steps
         self.num_features = builder.channels
         self.num_classes = num_classes
         self.classifier_bias = classifier_bias

@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier, activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 from effops.modules._keys import rename_keys
 from effops.modules.dwconv import FixedFilterConv2d
@@ -117,6 +118,13 @@ def _translated(key: str, patterns: tuple[tuple[re.Pattern[str], str], ...]) -> 
     return next((found.expand(new) for found, new in matches if found), None)
 
 
+class _Join(nn.Module):
+    """A block's pair of tensors -> one."""
+
+    def forward(self, pair: tuple[Tensor, Tensor]) -> Tensor:
+        return torch.cat(pair, 1)
+
+
 class VGNet(ImageClassifier):
     """A network of the family.
 
@@ -186,11 +194,15 @@ class VGNet(ImageClassifier):
         gaussian = {"blur": None if blur else False, "sigma": sigma, "alternate_sign": alternate_sign}
         down = partial(layers.DownsamplingBlock, **gaussian, **shared)
         half = partial(layers.HalfIdentityBlock, bank=bank, dw_norm=fixed_norm, **shared)
+        self.steps = [Step("stem", channels[0], first)]
         stages = []
         for before, after, count, stride in zip(channels[:-1], channels[1:], halves, (first, 2, 2, 2), strict=True):
+            self.steps.append(Step(f"stages.{len(stages)}", after, stride))
             stages.append(nn.Sequential(down(before, after, stride), *(half(after) for _ in range(count))))
         self.stages = nn.Sequential(*stages)
+        self.join = _Join()
         last = channels[-1]
+        self.steps += [Step("join", last), Step("last", last)]
         fixed_norm = fixed_norm if fixed_last else None
         self.last = layers.FusedDSConv.from_modules(
             layers.FixedFilterConv2d(last, bank) if fixed_last else layers.SharedDepthwiseConv2d(last, share=8),
@@ -206,8 +218,7 @@ class VGNet(ImageClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """[N, in_channels, H, W] -> [N, num_features, h, w]."""
-        left, right = self.stages(self.stem(x))
-        return self.last(torch.cat([left, right], 1))
+        return self.last(self.join(self.stages(self.stem(x))))
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         rename_keys(state_dict, prefix, vgnet_key_map(_below(prefix, state_dict)))

@@ -150,6 +150,8 @@ def fill_epilogue(stages: Sequence[Stage]) -> tuple[dict[str, Any], int]:
 
 def _residual_fuses(residual: Tensor) -> bool:
     """Under autocast torch's addition promotes a float32 residual to a float32 result; the kernel would not."""
+    if not torch._C._is_any_autocast_enabled():  # first: torch.is_autocast_enabled raises for the meta device
+        return True
     device = residual.device.type
     return not torch.is_autocast_enabled(device) or residual.dtype == torch.get_autocast_dtype(device)
 

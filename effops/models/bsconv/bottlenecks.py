@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from effops.models.bsconv.layers import BlueprintClassifier, conv_norm_act, dense_conv
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 from effops.modules.se import make_divisible
 
@@ -191,6 +192,7 @@ class BottleneckClassifier(BlueprintClassifier):
         act = activation_factory(layers, plan.act)
         stem = dense_conv(in_channels, plan.stem, 3, stem_stride)
         features = OrderedDict(stem=conv_norm_act(stem, plan.stem, act()))
+        self.steps.append(Step("features.stem", plan.stem, stem_stride))
         channels = plan.stem
         for index, (units, first) in enumerate(zip(plan.stages, strides, strict=True), 1):
             stage = OrderedDict()
@@ -198,6 +200,8 @@ class BottleneckClassifier(BlueprintClassifier):
                 stage[f"unit{number}"] = _bottleneck(layers, plan, channels, unit, first if number == 1 else 1)
                 channels = unit.out
             features[f"stage{index}"] = nn.Sequential(stage)
+            self.steps.append(Step(f"features.stage{index}", channels, first))
+        self.steps.append(Step("features.final", plan.final))
         features["final"] = conv_norm_act(dense_conv(channels, plan.final, 1), plan.final, act())
         self.features = nn.Sequential(features)
         initialise(self.features)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from effops.models.bsconv.layers import BlueprintClassifier, DropIn, name_of
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 
 __all__ = ["DenseNet"]
@@ -80,16 +81,21 @@ class DenseNet(BlueprintClassifier):
             conv0=conv(in_channels, _STEM, 7, 2), norm0=nn.BatchNorm2d(_STEM), relu0=act(), pool0=nn.MaxPool2d(3, 2, 1)
         )
         channels = _STEM
+        self.steps += [Step("features.conv0", _STEM, 2), Step("features.norm0", _STEM), Step("features.relu0", _STEM)]
+        self.steps.append(Step("features.pool0", _STEM, 2))
         for index, count in enumerate(_LAYERS, 1):
             block = OrderedDict()
             for number in range(1, count + 1):
                 block[f"denselayer{number}"] = _DenseLayer(conv, act, channels)
                 channels += _GROWTH
             features[f"denseblock{index}"] = nn.Sequential(block)
+            self.steps.append(Step(f"features.denseblock{index}", channels))
             if index < len(_LAYERS):
                 features[f"transition{index}"] = _transition(conv, act, channels)
                 channels //= 2
+                self.steps.append(Step(f"features.transition{index}", channels, 2))
         features |= OrderedDict(norm5=nn.BatchNorm2d(channels), relu5=act())
+        self.steps += [Step("features.norm5", channels), Step("features.relu5", channels)]
         self.features = nn.Sequential(features)
         self._add_classifier(channels, num_classes)
 

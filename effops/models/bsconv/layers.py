@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier
+from effops.models.features import Step
 from effops.modules import BSConvS, BSConvU
 from effops.modules._keys import rename_keys
 
@@ -152,9 +153,9 @@ class _ConvAdd(nn.Module):
 class BlueprintClassifier(ImageClassifier):
     """An image classifier of the paper: perhaps a batch norm on the image, features, average pool, one linear layer.
 
-    A subclass sets `features` and then calls `_add_classifier`. `load_state_dict` accepts the keys of the authors'
-    PyPI package bsconv (`bsconv_key_map`), whose classifier is a 1x1 convolution with a bias on the pooled features:
-    the same numbers.
+    A subclass sets `features`, adds to `steps` and then calls `_add_classifier`. `load_state_dict` accepts the keys of
+    the authors' PyPI package bsconv (`bsconv_key_map`), whose classifier is a 1x1 convolution with a bias on the pooled
+    features: the same numbers.
 
     Args:
         in_channels: of the input image.
@@ -177,6 +178,7 @@ class BlueprintClassifier(ImageClassifier):
     def __init__(self, in_channels: int, data_bn: bool) -> None:
         super().__init__()
         self.data_bn = nn.BatchNorm2d(in_channels) if data_bn else nn.Identity()
+        self.steps = [Step("data_bn", None)]
 
     def _add_classifier(self, num_features: int, num_classes: int) -> None:
         self.num_features = num_features

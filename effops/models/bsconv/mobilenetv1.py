@@ -20,6 +20,7 @@ from torch import nn
 from effops.models.bsconv.bottlenecks import initialise, scaled, stride_plan
 from effops.models.bsconv.layers import BlueprintClassifier, conv_norm_act, dense_conv
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 
 __all__ = ["MobileNetV1"]
@@ -80,6 +81,7 @@ class MobileNetV1(BlueprintClassifier):
         channels = scaled(_STEM, width)
         stem = conv_norm_act(dense_conv(in_channels, channels, 3, stem_stride), channels, act())
         features = OrderedDict(stem=stem)
+        self.steps.append(Step("features.stem", channels, stem_stride))
         for index, (outs, first) in enumerate(zip(_STAGES, strides, strict=True), 1):
             stage = OrderedDict()
             for number, out in enumerate(outs, 1):
@@ -87,6 +89,7 @@ class MobileNetV1(BlueprintClassifier):
                 stage[f"unit{number}"] = unit(layers, act, channels, after, first if number == 1 else 1)
                 channels = after
             features[f"stage{index}"] = nn.Sequential(stage)
+            self.steps.append(Step(f"features.stage{index}", channels, first))
         self.features = nn.Sequential(features)
         self._add_classifier(channels, num_classes)
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from effops.models.bsconv.bottlenecks import BottleneckClassifier, Plan, Unit, initialise, register_forms, scaled
 from effops.models.bsconv.layers import dense_conv
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 
 __all__ = ["MobileNetV3"]
 
@@ -145,6 +146,7 @@ class MobileNetV3(BottleneckClassifier):
         if network.se:
             self.features.add_module("final_se", layers.SqueezeExcite(final, final // 4, **_SE))
             initialise(self.features.final_se)
+            self.steps.append(Step("features.final_se", final))
         self.hidden: nn.Module = nn.Identity()
         if head == "full":
             act = activation_factory(layers, "hardswish")

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from effops.models.bsconv.layers import FORMS, BlueprintClassifier, DropIn, conv_add, conv_norm_act, name_of
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 
 __all__ = ["ResNet"]
@@ -135,6 +136,7 @@ class ResNet(BlueprintClassifier):
         conv, act = DropIn(layers, form, p), activation_factory(layers, "relu")
         features = _stem(conv, act, in_channels, plan)
         channels = plan.stem
+        self.steps += (Step(f"features.{name}", channels, 2 if plan.large_stem else 1) for name in features)
         unit = _PreactUnit if plan.preact else _Unit
         for index, (base, count) in enumerate(zip(plan.stages, units, strict=True), 1):
             stage = OrderedDict()
@@ -143,8 +145,10 @@ class ResNet(BlueprintClassifier):
                 stage[f"unit{number}"] = unit(conv, act, channels, int(base * width), stride)
                 channels = int(base * width)
             features[f"stage{index}"] = nn.Sequential(stage)
+            self.steps.append(Step(f"features.stage{index}", channels, 2 if index > 1 else 1))
         if plan.preact:
             features["final"] = nn.Sequential(OrderedDict(norm=nn.BatchNorm2d(channels), act=act()))
+            self.steps.append(Step("features.final", channels))
         self.features = nn.Sequential(features)
         self._add_classifier(channels, num_classes)
 

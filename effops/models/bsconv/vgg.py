@@ -17,6 +17,7 @@ from torch import nn
 
 from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, name_of
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 
 __all__ = ["VGG"]
@@ -63,8 +64,11 @@ class VGG(BlueprintClassifier):
         for stage in _STAGES:
             for after in stage:
                 unit = conv_norm_act(conv(channels, after, bias=True), after, act())
-                features += unit if isinstance(unit, nn.Sequential) else [unit]
+                made = list(unit) if isinstance(unit, nn.Sequential) else [unit]
+                self.steps += (Step(f"features.{len(features) + index}", after) for index in range(len(made)))
+                features += made
                 channels = after
+            self.steps.append(Step(f"features.{len(features)}", channels, 2))
             features.append(nn.MaxPool2d(2, 2))
         self.features = nn.Sequential(*features)
         self._add_classifier(channels, num_classes)

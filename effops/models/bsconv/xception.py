@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, dense_conv, name_of
 from effops.models.classifier import activation_factory
+from effops.models.features import Step
 from effops.models.registry import register_model
 from effops.modules import BSConvU, FusedDSConv
 
@@ -126,11 +127,14 @@ class Xception(BlueprintClassifier):
             stem1=conv_norm_act(conv(in_channels, 32, 3, 2, padding=0), 32, act()),
             stem2=conv_norm_act(conv(32, 64, 3, padding=0), 64, act()),
         )
+        self.steps += [Step("features.stem1", 32, 2), Step("features.stem2", 64)]
         for index, (widths, stride) in enumerate(_ENTRY + _MIDDLE + _EXIT, 1):
             leading = nn.Identity() if index == 1 else nn.ReLU()  # the stem ends in one
             features[f"block{index}"] = _Block(separable, act, widths, stride, leading)
+            self.steps.append(Step(f"features.block{index}", widths[-1], stride))
         for index in (1, 2):
             features[f"final{index}"] = separable(*_FINAL[index - 1 : index + 1], act())
+            self.steps.append(Step(f"features.final{index}", _FINAL[index]))
         self.features = nn.Sequential(features)
         self._add_classifier(_FINAL[-1], num_classes)
 
