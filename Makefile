@@ -52,6 +52,7 @@ test-all: export EFFOPS_HYPOTHESIS ?= 20000
 test-all: export EFFOPS_COMPILE_ALL ?= 1
 test-all: export EFFOPS_INTERPRET_ALL ?= 1
 test-all: export EFFOPS_HOST_ALL ?= 1
+test-all: export EFFOPS_MODELS_ALL ?= 1
 test-all: other-triton test sanitize ## the same with more examples and every kernel compiled, then under sanitizers
 
 properties: build ## the drawn tests alone, with other cases each time (DRAWS=20000)

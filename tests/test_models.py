@@ -241,7 +241,7 @@ def test_unknown_names_list_close_ones() -> None:
     with pytest.raises(ValueError) as caught:
         create_model("vgnetg_10mp")
     assert str(caught.value).startswith("unknown model 'vgnetg_10mp'; close names: vgnetg_1_0mp, ")
-    with pytest.raises(ValueError, match="unknown model 'zzz'; known: .*mobilenet_v2, .*vgnetg_1_0mp"):
+    with pytest.raises(ValueError, match="unknown model 'zzz'; families: .*mobilenet_v2, .*vgnetg_\\*"):
         create_model("zzz")
     with pytest.raises(TypeError, match="create_model: name must be a string, got int"):
         create_model(3)

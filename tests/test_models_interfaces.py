@@ -13,6 +13,7 @@ import math
 import os
 import pickle
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -38,22 +39,19 @@ from effops.models import (
 from effops.models.features import Stage
 
 EVERYTHING = os.environ.get("EFFOPS_MODELS_ALL") == "1"
-# One network of each family of models (the classes of effops.models), as small as there is.
+# Networks of different families, as small as there are.
 REPRESENTATIVES = (
-    "cifar_resnet20_bsconvs",
-    "densenet121_bsconvu",
     "effnet_v2_gtsrb",
     "mnist_7k_dw",
     "mobilenet_v2",
-    "mobilenetv1_bsconvu",
     "mobilenetv3_small",
     "multiception_resnet20",
     "vgg16_bn_bsconvu",
     "vgnetg_1_0mp",
     "wrn_16_1_bsconvu",
-    "xception_bsconvu",
 )
-PROGRAMS = ("cifar_resnet20_bsconvs", "effnet_v2_gtsrb", "mnist_7k_dw", "multiception_resnet20", "vgnetg_1_0mp")
+VGNET = "vgnetg_1_0mp"
+PROGRAMS = ("effnet_v2_gtsrb", "mnist_7k_dw", "multiception_resnet20", VGNET, "wrn_16_1_bsconvu")  # one of each paper
 SIZE = 32
 # Convolutions without padding: maps are smaller than the image over the reduction.
 UNPADDED = ("mnist", "xception")
@@ -244,17 +242,22 @@ def test_copies(compared: Pair) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def assert_computes(run: Callable[[Tensor], Tensor], program: nn.Module, what: str) -> None:
+    """Within the error budget: traced batch norms and convolutions round in other places than eager ones."""
+    twin, x = twin_of(program), picture()
+    truth = copy.deepcopy(twin).double()(x.double())
+    assert_within_budget(run(x), truth, twin(x), f"{program.name} {what}")
+
+
 @torch.no_grad()
 def test_export(program: nn.Module) -> None:
-    x = picture()
-    assert torch.equal(torch.export.export(program, (x,)).module()(x), program(x))
+    assert_computes(torch.export.export(program, (picture(),)).module(), program, "exported")
 
 
 @torch.no_grad()
 def test_compile(program: nn.Module) -> None:
     torch._dynamo.reset()
-    x = picture()
-    assert torch.equal(torch.compile(program, fullgraph=True, backend="aot_eager")(x), program(x))
+    assert_computes(torch.compile(program, fullgraph=True, backend="aot_eager"), program, "compiled")
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -263,23 +266,21 @@ def test_onnx(program: nn.Module, tmp_path: Path) -> None:
     """The twin's ONNX program in ONNX Runtime: within the error budget of PyTorch's own result."""
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"torch.onnx.export needs it: pip install {package}")
-    twin, x, path = twin_of(program), picture(), tmp_path / "network.onnx"
-    torch.onnx.export(twin, (x,), path, dynamo=True, verbose=False)
     runtime = pytest.importorskip("onnxruntime", reason="runs the ONNX program: pip install onnxruntime")
+    path = tmp_path / "network.onnx"
+    torch.onnx.export(twin_of(program), (picture(),), path, dynamo=True, verbose=False)
     options = runtime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    truth = copy.deepcopy(twin).double()(x.double())
-    assert_within_budget(torch.from_numpy(result), truth, twin(x), f"{program.name} in ONNX Runtime")
+    name = session.get_inputs()[0].name
+    assert_computes(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), program, "in ONNX Runtime")
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("name", ["mobilenetv3_small", "vgnetg_1_0mp"])
+@pytest.mark.parametrize("name, training", [("effnet_v2_gtsrb", False), ("effnet_v2_gtsrb", True), (VGNET, True)])
 def test_feature_programs(name: str, training: bool) -> None:
     """torch.compile in one graph and torch.export of the maps, in eval and in training mode (with gradients)."""
     torch._dynamo.reset()
-    extractor = FeatureExtractor(network(name), (1, -2)).train(training)
+    extractor = FeatureExtractor(network(name), (0, 1)).train(training)
     state, x = copy.deepcopy(extractor.state_dict()), picture()
 
     def maps_of(run: nn.Module) -> list[Tensor]:
@@ -292,11 +293,11 @@ def test_feature_programs(name: str, training: bool) -> None:
         actual = maps_of(torch.compile(extractor, fullgraph=True, backend="aot_eager"))
     assert len(actual) == len(expected) == 2
     assert all(map(torch.equal, actual, expected))
-    exported.load_state_dict(state)
-    assert all(map(torch.equal, exported(x), expected))
     if training:
         sum(y.sum() for y in actual).backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in extractor.parameters())
+    exported.load_state_dict(state)
+    assert all(map(torch.equal, exported(x), expected))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -341,7 +342,7 @@ def test_options_that_change_the_strides() -> None:
 def test_feature_errors() -> None:
     stages = (Stage(("a",), 8, 2), Stage(("b",), 16, 4))
     for indices, kind, message in (
-        ((2,), ValueError, r"within the 2 stages \(-2 to 1\), got 2"),
+        ((2,), ValueError, r"must be within the 2 stages \(-2 to 1\), got 2"),
         ((0, -2), ValueError, r"must differ from each other, got \(0, -2\)"),
         ((0.0,), TypeError, r"must be ints, got 0\.0"),
         ((), TypeError, r"must be a list of stages, got \(\)"),

@@ -74,6 +74,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
         RuntimeError: the file is missing, damaged, no state dict or does not fit; or safetensors is not installed.
 
     Example:
+        >>> save_weights(create_model("mnist_7k_dw", num_classes=3), "digits.safetensors")
         >>> load_weights(create_model("mnist_7k_dw", num_classes=3), "digits.safetensors")
         >>> load_weights(create_model("mnist_7k_dw", features_only=True), "digits.safetensors", strict=False)
     """
