@@ -49,7 +49,6 @@ PAGES = {
             **dict.fromkeys(map("effops.models.{}".format, _MODELS), ()),
             "effops.models.bsconv.bottlenecks": ("BottleneckClassifier",),
             "effops.models.bsconv.layers": ("BlueprintClassifier", "DropIn", "bsconv_key_map"),
-            "effops.models.classifier": (),
             "effops.models.flops": (),
         },
     ),

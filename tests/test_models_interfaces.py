@@ -8,7 +8,6 @@ programs (compile, export, ONNX), in one of each paper. With EFFOPS_MODELS_ALL=1
 from __future__ import annotations
 
 import copy
-import doctest
 import math
 import os
 import pickle
@@ -16,7 +15,6 @@ import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -27,15 +25,12 @@ import effops
 from effops.models import (
     FeatureExtractor,
     FeatureInfo,
-    classifier,
     create_model,
-    features,
     list_models,
     load_weights,
     register_model,
     registry,
     save_weights,
-    weights,
 )
 from effops.models.features import Stage
 
@@ -468,17 +463,3 @@ def test_the_names_of_families_cover_the_models() -> None:
     families = registry._families()
     assert {name for family in families for name in list_models(family)} == set(list_models())
     assert {"vgnetg_*", "effnet_*", "wrn_*", "mobilenet_v2"} <= set(families) and len(families) < 20
-
-
-@pytest.mark.parametrize("module", [registry, features, weights, classifier], ids=lambda module: module.__name__)
-def test_examples(module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    if module is weights:
-        pytest.importorskip("safetensors", reason="weights in safetensors: pip install safetensors")
-    monkeypatch.chdir(tmp_path)
-    given = {"torch": torch, "create_model": create_model, "save_weights": save_weights, "load_weights": load_weights}
-    examples = 0
-    for test in doctest.DocTestFinder().find(module, extraglobs=given):
-        found = doctest.DocTestRunner().run(test)
-        assert found.failed == 0, test.name
-        examples += found.attempted
-    assert examples

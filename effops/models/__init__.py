@@ -13,13 +13,17 @@ Example:
 """
 
 from effops.models import bsconv, effnet, mobilenetv2, multiception, nuts_and_bolts, vgnet
-from effops.models.features import FeatureExtractor, FeatureInfo
+from effops.models.classifier import ImageClassifier, activation_factory
+from effops.models.features import FeatureExtractor, FeatureInfo, Step
 from effops.models.registry import create_model, is_model, list_models, register_model
 from effops.models.weights import load_weights, save_weights
 
 __all__ = [
     "FeatureExtractor",
     "FeatureInfo",
+    "ImageClassifier",
+    "Step",
+    "activation_factory",
     "bsconv",
     "create_model",
     "effnet",

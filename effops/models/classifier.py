@@ -34,6 +34,10 @@ def activation_factory(layers: ModuleType, act: ActivationLike) -> Callable[[], 
 
     Raises:
         TypeError, ValueError: not an activation.
+
+    Example:
+        >>> effops.models.activation_factory(effops.stock, "relu6")()
+        ReLU6(inplace=True)
     """
     if layers.__name__ == "effops.stock" and isinstance(act, str) and act in _INPLACE:
         return partial(_INPLACE[act], inplace=True)
@@ -44,7 +48,15 @@ class ImageClassifier(nn.Module):
     """Features, global average pool, classifier.
 
     Subclasses define `forward_features` and set `num_features`, `num_classes`, `classifier` and `steps`: the parts that
-    `forward_features` runs one after another.
+    `forward_features` runs one after another. `register_model` shows one.
+
+    Example:
+        >>> model = create_model("vgnetg_1_0mp", num_classes=0).eval()
+        >>> isinstance(model, effops.models.ImageClassifier), model(torch.zeros(1, 3, 64, 64)).shape
+        (True, torch.Size([1, 368]))
+        >>> model.reset_classifier(5)
+        >>> model.forward_head(model.forward_features(torch.zeros(1, 3, 64, 64))).shape
+        torch.Size([1, 5])
     """
 
     name: str = ""  # in the registry; `create_model` sets it

@@ -24,6 +24,10 @@ class Step(NamedTuple):
 
     `path` is the sub-module's, `channels` what it gives (None: nothing that counts as a map, such as a batch norm on
     the image), `stride` the factor by which it reduces height and width.
+
+    Example:
+        >>> effops.models.Step("features.stem", channels=32, stride=2)
+        Step(path='features.stem', channels=32, stride=2)
     """
 
     path: str
@@ -40,12 +44,7 @@ class Stage(NamedTuple):
 
 
 def stages_of(steps: Sequence[Step]) -> tuple[Stage, ...]:
-    """Groups steps by resolution.
-
-    Example:
-        >>> stages_of([Step("stem", 16, 2), Step("pool", 16, 2), Step("stage1", 32)])
-        (Stage(paths=('stem',), channels=16, reduction=2), Stage(paths=('pool', 'stage1'), channels=32, reduction=4))
-    """
+    """Groups steps by resolution: a stage ends with the last map of its size."""
     stages: list[Stage] = []
     ahead: tuple[str, ...] = ()  # steps without a map go with the next one
     reduction = 1

@@ -133,6 +133,9 @@ def mobilenet_v2_weights() -> dict[str, Tensor]:
 
     Raises:
         RuntimeError: the package is not installed, or its file is missing or damaged.
+
+    Example:
+        >>> state = effops.models.mobilenetv2.mobilenet_v2_weights()  # doctest: +SKIP
     """
     path = _installed_weights()
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -46,6 +46,20 @@ def register_model(name: str, *, weights: WeightsReader | None = None) -> Callab
 
     Raises:
         ValueError: the name is taken.
+
+    Example:
+        >>> @effops.models.register_model("tiny")
+        ... class Tiny(effops.models.ImageClassifier):
+        ...     def __init__(self, layers, *, num_classes=10, in_channels=3):
+        ...         super().__init__()
+        ...         self.features = nn.Sequential(nn.Conv2d(in_channels, 8, 3, 2), layers.BSConvU(8, 16, 3))
+        ...         self.steps = [effops.models.Step("features.0", 8, 2), effops.models.Step("features.1", 16)]
+        ...         self.num_features, self.num_classes = 16, num_classes
+        ...         self.classifier = nn.Linear(16, num_classes)
+        ...     def forward_features(self, x):
+        ...         return self.features(x)
+        >>> create_model("tiny", num_classes=2)(torch.zeros(1, 3, 8, 8)).shape
+        torch.Size([1, 2])
     """
     if name in _MODELS:
         raise ValueError(f"a model named {name!r} is registered already")
@@ -71,7 +85,7 @@ def is_model(name: str) -> bool:
     """True where `create_model(name)` knows the name.
 
     Example:
-        >>> is_model("vgnetg_1_0mp"), is_model("vgnetg_9_0mp")
+        >>> effops.models.is_model("vgnetg_1_0mp"), effops.models.is_model("vgnetg_9_0mp")
         (True, False)
     """
     return name in _MODELS

@@ -42,9 +42,11 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
         OSError: the file cannot be written.
 
     Example:
-        >>> model = create_model("mnist_7k_dw", num_classes=3)
-        >>> save_weights(model, "digits.safetensors")
-        >>> model = create_model("mnist_7k_dw", pretrained="digits.safetensors")
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/digits.safetensors"
+        ...     effops.models.save_weights(create_model("mnist_7k_dw", num_classes=3), path)
+        ...     model = create_model("mnist_7k_dw", pretrained=path)
         >>> model.num_classes
         3
     """
@@ -74,9 +76,14 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str], *, strict: bool
         RuntimeError: the file is missing, damaged, no state dict or does not fit; or safetensors is not installed.
 
     Example:
-        >>> save_weights(create_model("mnist_7k_dw", num_classes=3), "digits.safetensors")
-        >>> load_weights(create_model("mnist_7k_dw", num_classes=3), "digits.safetensors")
-        >>> load_weights(create_model("mnist_7k_dw", features_only=True), "digits.safetensors", strict=False)
+        >>> import tempfile
+        >>> model, backbone = create_model("mnist_7k_dw"), create_model("mnist_7k_dw", features_only=True)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = f"{folder}/digits.pth"
+        ...     torch.save(model.state_dict(), path)
+        ...     effops.models.load_weights(backbone, path, strict=False)
+        >>> torch.equal(backbone.features.conv1.conv.weight, model.features.conv1.conv.weight)
+        True
     """
     load_into(model, read_weights(path), f"{getattr(model, 'name', '') or type(model).__name__!r}", strict=strict)
 
