@@ -1,4 +1,4 @@
-"""Writes docs/models.md: what every model costs, what is printed about it, and the latencies of results/models.json.
+"""Writes docs/models.md: what every model costs, what is printed about it, and the latencies of results/latencies.json.
 
 python benchmarks/model_table.py            # rewrite it; about half a minute
 python benchmarks/model_table.py --check    # exit status 1 unless it is what this would write
@@ -31,7 +31,6 @@ from effops.models.published import (  # noqa: E402
 
 DOCUMENT = "docs/models.md"
 COMMAND = "python benchmarks/model_table.py"
-THREADS = 1
 
 _INTRODUCTION = f"""# The models
 
@@ -53,7 +52,7 @@ def content(results: list[dict]) -> str:
     Args:
         results: of `report.load`.
     """
-    latencies = [result for result in results if result["suite"] == "models"]
+    latencies = [result for result in results if result["suite"] == "latencies"]
     parts = [_INTRODUCTION, summary(list_models(), latencies), _sources(latencies), "## What is printed\n"]
     parts += [text for paper in PAPERS if (text := printed(paper))]
     return "\n".join(parts)
@@ -64,7 +63,7 @@ def summary(names: Iterable[str], latencies: list[dict]) -> str:
 
     Args:
         names: of the models.
-        latencies: results of the suite `models`; each gives a column.
+        latencies: results of the suite `latencies`; each gives a column.
     """
     times = [f"stock / effops ms, {result['machine']['cpu']}" for result in latencies]
     header = ["model", "paper", "input", "parameters", "MACs", "FLOPs", "published", *times]
@@ -96,7 +95,7 @@ def _share(comparisons: list[Comparison]) -> str:
 def _latency(name: str, result: dict) -> str:
     """Batch 1, both sides in channels_last."""
     for row in result["rows"]:
-        if (row["case"], row["batch"], row["threads"]) == (name, 1, THREADS):
+        if row["case"] == name:
             sides = [row["sides"].get(f"{peer}/channels_last", {}) for peer in ("eager", "effops")]
             return " / ".join(ms(side["median_us"]) if "median_us" in side else "-" for side in sides)
     return "-"
@@ -107,7 +106,7 @@ def _sources(latencies: list[dict]) -> str:
     if not latencies:
         return "\nNo latency has been measured.\n"
     where = "\n\n".join(map(report.provenance, latencies))
-    return f"\nLatencies are medians of batch 1 in channels_last on {THREADS} thread, eager.\n\n{where}\n"
+    return f"\nLatencies are medians of batch 1 in channels_last on one thread, eager.\n\n{where}\n"
 
 
 def printed(paper: Paper) -> str:

@@ -36,6 +36,7 @@ MULTICEPTION_GOAL = 2.0
 BF16_GOAL = 1.6
 MODULE_TRAINING_GOAL = 1.3
 TRAINING_GOAL = 1.5
+NETWORK_GOAL = 1.5
 SEPCONV_GOAL = 2.5
 BLUR_GOAL = 2.0
 BANKED_GOAL = 2.0
@@ -44,6 +45,11 @@ POINTWISE_GOAL = 0.75
 OVERHEAD_GOALS_US = {"overhead_forward_us": 10.0, "overhead_forward_backward_us": 75.0}
 
 _BANKED = ("shared", "fixed", "blur")  # how the cases of depthwise convolutions with a bank of kernels are called
+
+_NETWORKS = (
+    "vgnetg_1_0mp", "vgnetg_2_5mp", "effnet_v1_cifar10", "effnet_v2_cifar10", "mobilenetv1_bsconvu",
+    "multiception_resnet50",
+)  # fmt: skip
 
 _SIDES = {
     "effops/nchw": "effops NCHW",
@@ -88,12 +94,14 @@ def load(folder: Path) -> list[dict]:
 def peaks(result: dict) -> dict[int, dict[str, float]]:
     """Per thread count the best that the probe saw in this run (an honest share has the largest denominator)."""
     best: dict[int, dict[str, float]] = {}
-    sizes = (int(size.removesuffix("K")) * 1024 for size in result["machine"]["caches"].values())
-    cache = max(sizes, default=0)
+    sizes = {level: int(size.removesuffix("K")) * 1024 for level, size in result["machine"]["caches"].items()}
     for probe in result["probes"]:
-        mine = best.setdefault(probe["threads"], {"cache_bytes": cache})
-        for key in ("fp32_gflops", "bf16_gflops", "copy_gbs"):
-            mine[key] = max(mine.get(key, 0.0), probe[key])
+        own = sizes.get("L2", 0) * probe["threads"]
+        mine = best.setdefault(
+            probe["threads"], {"own_cache_bytes": own, "cache_bytes": max(sizes.values(), default=0)}
+        )
+        for key in ("fp32_gflops", "bf16_gflops", "copy_gbs", "cache_copy_gbs"):
+            mine[key] = max(mine.get(key, 0.0), probe.get(key, 0.0))
     return best
 
 
@@ -116,7 +124,7 @@ class Entry:
     rival_us: float
     share: float
     bandwidth: float
-    from_memory: bool  # the bytes are more than the caches hold
+    moving: float  # share of the time in which all bytes move once at the speed of where they lie; 0: in the L2
 
     @property
     def ratio(self) -> float:
@@ -124,11 +132,12 @@ class Entry:
 
     @property
     def limit(self) -> float:
-        """The ratio of a kernel at the machine's limits: all FLOPs at the peak or all bytes at the copy bandwidth.
+        """The ratio of a kernel at the machine's limits: all FLOPs at the peak or all bytes at a copy's speed.
 
-        Maps that the largest cache can hold are no limit: a cache is faster than the memory that was probed.
+        Maps that the L2 can hold are no limit; those that the last cache can hold are copied at its speed, where that
+        was probed.
         """
-        return self.ratio / (max(self.share, self.bandwidth) if self.from_memory else self.share)
+        return self.ratio / max(self.share, self.moving)
 
     def met(self, goal: float) -> bool:
         return self.ratio >= goal or self.share >= roof(self.row["threads"])
@@ -144,7 +153,7 @@ def _entry(row: dict, limits: dict[int, dict[str, float]], rival: tuple[str, dic
         return None
     limit = limits.get(row["threads"], {})
     peak = limit.get("bf16_gflops" if row["dtype"] == "bfloat16" else "fp32_gflops", 0.0)
-    us = own[1]["median_us"]
+    us, traffic = own[1]["median_us"], row.get("traffic", 0)
     return Entry(
         row,
         own[0],
@@ -153,8 +162,15 @@ def _entry(row: dict, limits: dict[int, dict[str, float]], rival: tuple[str, dic
         rival[1]["median_us"] if rival else math.nan,
         2 * row["macs"] / (us * 1e3) / peak if peak and "macs" in row else math.nan,
         row["traffic"] / (us * 1e3) / limit["copy_gbs"] if limit.get("copy_gbs") and "traffic" in row else math.nan,
-        row.get("traffic", 0) > limit.get("cache_bytes", 0),
+        traffic / (us * 1e3) / speed if (speed := _copy_speed(traffic, limit)) else 0.0,
     )
+
+
+def _copy_speed(traffic: int, limit: dict[str, float]) -> float:
+    """GB/s of a copy where so many bytes lie, as probed; 0 where that is no limit or not known."""
+    if traffic > limit.get("cache_bytes", 0):
+        return limit.get("copy_gbs", 0.0)
+    return limit.get("cache_copy_gbs", 0.0) if traffic > limit.get("own_cache_bytes", 0) else 0.0
 
 
 def entries(result: dict, kind: str) -> list[Entry]:
@@ -212,6 +228,7 @@ def provenance(result: dict) -> str:
         f"{t} thread{'s' if t > 1 else ''}: {p['fp32_gflops']:.0f} GFLOP/s fp32"
         + (f", {p['bf16_gflops']:.0f} bf16" if p["bf16_gflops"] else "")
         + f", copy {p['copy_gbs']:.0f} GB/s"
+        + (f" (in the last cache {p['cache_copy_gbs']:.0f})" if p["cache_copy_gbs"] else "")
         for t, p in sorted(peaks(result).items())
     )
     dirty = " (tree changed since)" if v["dirty"] else ""
@@ -389,6 +406,16 @@ def _models_table(result: dict) -> str:
     )
 
 
+def _latencies_summary(result: dict) -> str:
+    ratios = {row["case"]: ratio for row in result["rows"] if (ratio := channels_last_ratio(row))}
+    slower = [f"`{name}` {times(ratio)}" for name, ratio in sorted(ratios.items(), key=lambda i: i[1]) if ratio < 1]
+    return (
+        f"{len(ratios)} networks, eager against eager in channels_last, batch 1, one thread: geometric mean "
+        f"{times(geomean(ratios.values()))}, {times(min(ratios.values()))} to {times(max(ratios.values()))}. Slower "
+        f"than stock PyTorch: {', '.join(slower) or 'none'}. Each: [docs/models.md](../docs/models.md)."
+    )
+
+
 def _training_pairs(result: dict, kind: str) -> list[tuple[dict, tuple[str, dict], dict, dict | None]]:
     """(row, best effops side, eager channels_last, best eager side) where both exist."""
     pairs = []
@@ -552,6 +579,32 @@ def _half_identity_targets(result: dict) -> list[list[str]]:
     ]
 
 
+def channels_last_ratio(row: dict) -> float | None:
+    """Eager's time over effops', both in channels_last."""
+    own, eager = (row["sides"].get(f"{peer}/channels_last", {}) for peer in ("effops", "eager"))
+    return eager["median_us"] / own["median_us"] if "median_us" in own and "median_us" in eager else None
+
+
+def _models_targets(result: dict) -> list[list[str]]:
+    found = {
+        f"{row['case']} batch {row['batch']} {row['threads']} thread{'s' if row['threads'] > 1 else ''}": ratio
+        for row in result["rows"]
+        if row["case"] in _NETWORKS and (ratio := channels_last_ratio(row))
+    }
+    if not found:
+        return []
+    least = min(found, key=found.get)
+    met = sum(ratio >= NETWORK_GOAL for ratio in found.values())
+    return [
+        [
+            f"networks of the papers against eager channels_last: {NETWORK_GOAL}x each",
+            f"{met} of {len(found)} (geometric mean {times(geomean(found.values()))}, least {times(found[least])}: "
+            f"{least})",
+            yes(met == len(found)),
+        ]
+    ]
+
+
 def _overhead_targets(result: dict) -> list[list[str]]:
     rows = []
     for key, goal in OVERHEAD_GOALS_US.items():
@@ -611,6 +664,7 @@ _TARGETS = {
     "bsconv": _ratio_targets("bs", "blueprint convolutions", BSCONV_GOAL),
     "blurmaxpool": _ratio_targets("layer", "blurred max pools", BLUR_GOAL),
     "bf16": _bf16_targets,
+    "models": _models_targets,
     "training": _training_targets,
     "overhead": _overhead_targets,
 }
@@ -628,6 +682,7 @@ BLOCKS: dict[str, Callable[[list[dict]], str]] = {
     "bsconv": _section("bsconv", _bsconv_table),
     "multiception": _section("multiception", _multiception_table),
     "models": _section("models", _models_table),
+    "latencies": _section("latencies", _latencies_summary),
     "training": _section("training", _training_table("training", "half-identity block")),
     "module-training": _section("training", _training_table("module-training", "module")),
     "overhead": _section("overhead", _overhead_table),

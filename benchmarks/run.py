@@ -221,6 +221,20 @@ def models_jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def latencies_jobs(args: argparse.Namespace) -> list[Job]:
+    """Every registered model at batch 1, against eager alone: the column of docs/models.md."""
+    from effops.models import list_models
+
+    peers = tuple(peer for peer in args.peers if peer in ("effops", "eager"))
+    jobs = []
+    for name in shapes.QUICK_MODELS[:1] if args.quick else list_models():
+        if args.shapes and not any(part in name for part in args.shapes):
+            continue
+        facts = {"kind": "model", "case": name, "batch": 1, "dtype": "float32"}
+        jobs.append(Job({"kind": "model", "case": name, "batch": 1}, peers, facts))
+    return jobs
+
+
 def training_jobs(args: argparse.Namespace) -> list[Job]:
     peers = tuple(peer for peer in args.peers if peer in ("effops", "eager"))
     batch = 2 if args.quick else shapes.TRAINING_BATCH
@@ -251,9 +265,11 @@ SUITES: dict[str, Callable[[argparse.Namespace], list[Job]]] = {
     "mbconv": mbconv_jobs,
     "bf16": bf16_jobs,
     "models": models_jobs,
+    "latencies": latencies_jobs,
     "training": training_jobs,
     "overhead": overhead_jobs,
 }
+ONE_THREAD = ("latencies", "overhead")
 
 
 def _say(text: str) -> None:
@@ -301,7 +317,7 @@ def run(suite: str, args: argparse.Namespace) -> dict:
     """Measure one suite and return what its JSON file holds."""
     binary = machine.build_probe()
     started, rows, probes = time.monotonic(), [], []
-    thread_counts = (1,) if suite == "overhead" else args.threads
+    thread_counts = (1,) if suite in ONE_THREAD else args.threads
     for threads in thread_counts:
         jobs = SUITES[suite](args)
         if not jobs:

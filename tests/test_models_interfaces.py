@@ -49,7 +49,9 @@ REPRESENTATIVES = (
 VGNET = "vgnetg_1_0mp"
 PROGRAMS = ("effnet_v2_gtsrb", "mnist_7k_dw", "multiception_resnet20", VGNET, "wrn_16_1_bsconvu")  # one of each paper
 # One network in fifteen, and those above: building and running all of them takes minutes.
-MODELS = [name for name in list_models() if EVERYTHING or name in REPRESENTATIVES or zlib.crc32(name.encode()) % 15 == 0]
+MODELS = [
+    name for name in list_models() if EVERYTHING or name in REPRESENTATIVES or zlib.crc32(name.encode()) % 15 == 0
+]
 SIZE = 32
 # Convolutions without padding: maps are smaller than the image over the reduction.
 UNPADDED = ("mnist", "xception")

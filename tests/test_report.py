@@ -125,8 +125,16 @@ def test_targets_count_what_lies_beyond_the_machines_limits():
     text = report.BLOCKS["targets"]([result("dwconv", rows)])
     assert "0.642 of the goal (plain geometric mean 1.28x, 0 of 2 met, 1 beyond the machine's limits)" in text
     held = result("dwconv", rows)
-    held["machine"]["caches"] = {"L2": "512K", "L3": "1024K"}  # they hold the bytes
-    assert "plain geometric mean 1.28x, 0 of 2 met)" in report.BLOCKS["targets"]([held])
+    for caches, cache_copy, beyond in (
+        ({"L2": "512K", "L3": "1024K"}, None, ""),  # the last cache holds the bytes; its speed is not known
+        ({"L2": "512K", "L3": "1024K"}, 30.0, ", 1 beyond the machine's limits"),
+        ({"L2": "512K", "L3": "1024K"}, 60.0, ""),
+        ({"L2": "1024K", "L3": "2048K"}, 30.0, ""),  # the L2 holds them
+    ):
+        held["machine"]["caches"] = caches
+        for probe in held["probes"]:
+            probe |= {} if cache_copy is None else {"cache_copy_gbs": cache_copy}
+        assert f"plain geometric mean 1.28x, 0 of 2 met{beyond})" in report.BLOCKS["targets"]([held])
 
 
 def test_a_ratio_is_met_by_the_goal_or_at_the_roof():
@@ -252,6 +260,35 @@ def test_models_and_dwconv_tables():
     assert "| vgnetg_1_0mp | 1 | 1 | 1 | 1.5 | - | 1.50x | - |" in report.BLOCKS["models"]([result("models", [model])])
     dw = pair("dw3", 1, sides, kind="dw")
     assert "Geometric mean: 1.50x." in report.BLOCKS["dwconv"]([result("dwconv", [dw])])
+
+
+def model_row(name, batch, eager, **own):
+    sides = {"eager/channels_last": side(eager), "effops/channels_last": side(**own) if own else {"error": "wrong"}}
+    return {"kind": "model", "case": name, "batch": batch, "threads": 1, "dtype": "float32", "sides": sides}
+
+
+def test_target_of_the_networks():
+    """Against eager in channels_last, whatever Inductor does; networks without a goal do not count."""
+    rows = [
+        model_row("vgnetg_1_0mp", 1, 3000.0, median=2000.0),
+        model_row("vgnetg_1_0mp", 16, 2500.0, median=2000.0),
+        model_row("mobilenet_v2", 1, 1000.0, median=2000.0),
+        model_row("effnet_v1_cifar10", 1, 1000.0),
+    ]
+    targets = report.BLOCKS["targets"]([result("models", rows)])
+    line = "1 of 2 (geometric mean 1.37x, least 1.25x: vgnetg_1_0mp batch 16 1 thread) | **no** |"
+    assert f"| networks of the papers against eager channels_last: 1.5x each | {line}" in targets
+    targets = report.BLOCKS["targets"]([result("models", rows[:1])])
+    assert "1 of 1 (geometric mean 1.50x, least 1.50x: vgnetg_1_0mp batch 1 1 thread) | yes |" in targets
+    assert "networks of the papers" not in report.BLOCKS["targets"]([result("models", rows[2:])])
+
+
+def test_summary_of_the_latencies():
+    rows = [model_row("a", 1, 4000.0, median=1000.0), model_row("b", 1, 1000.0, median=1100.0), model_row("c", 1, 1.0)]
+    text = report.BLOCKS["latencies"]([result("latencies", rows)])
+    assert text.startswith("2 networks, ") and "geometric mean 1.91x, 0.91x to 4.00x." in text
+    assert "Slower than stock PyTorch: `b` 0.91x." in text
+    assert "Slower than stock PyTorch: none." in report.BLOCKS["latencies"]([result("latencies", rows[:1])])
 
 
 def test_operators_are_those_of_the_backends():

@@ -1,6 +1,8 @@
-// What this machine can do: FMA peak in fp32 and bf16 (dot product instructions), and copy bandwidth. Prints one line of JSON.
+// What this machine can do: FMA peak in fp32 and bf16 (dot product instructions), and copy bandwidth of memory and of the
+// last cache. Prints one line of JSON.
 // Built by benchmarks/probe.py at benchmark time: g++ -O3 -march=native -fopenmp probe.cpp -o probe;  usage: probe THREADS
 #include <omp.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <chrono>
@@ -81,13 +83,12 @@ double peak(Chains chains, int threads, double flops_per_step) {
   return best * 1e-9;
 }
 
-// GB/s of memcpy between two blocks far larger than any cache, bytes read + bytes written.
-double copy_bandwidth(int threads) {
-  const size_t bytes = size_t{512} << 20;
+// GB/s of memcpy between two blocks of `bytes`, bytes read + bytes written: the best of a few runs that copy 512 MB.
+double copy_bandwidth(int threads, size_t bytes) {
   std::unique_ptr<char, decltype(&std::free)> from(static_cast<char*>(std::aligned_alloc(64, bytes)), &std::free);
   std::unique_ptr<char, decltype(&std::free)> to(static_cast<char*>(std::aligned_alloc(64, bytes)), &std::free);
   if (!from || !to) return 0;
-  const size_t part = bytes / threads;
+  const size_t part = bytes / threads, copies = (size_t{512} << 20) / bytes;
   double best = 0;
   for (int r = 0; r < kRepeats + 1; ++r) {  // the first run also touches the pages
     const double start = now();
@@ -95,11 +96,20 @@ double copy_bandwidth(int threads) {
     {
       const size_t offset = part * omp_get_thread_num();
       if (r == 0) std::memset(from.get() + offset, 1, part);
-      std::memcpy(to.get() + offset, from.get() + offset, part);
+      for (size_t i = 0; i < copies; ++i) {
+        std::memcpy(to.get() + offset, from.get() + offset, part);
+        asm volatile("" ::: "memory");
+      }
     }
-    if (r > 0) best = std::max(best, 2.0 * part * threads / (now() - start));
+    if (r > 0) best = std::max(best, 2.0 * part * threads * copies / (now() - start));
   }
   return best * 1e-9;
+}
+
+// The same between blocks that the last cache holds: an eighth of it each. 0 where its size is not known.
+double cache_bandwidth(int threads) {
+  const long bytes = sysconf(_SC_LEVEL3_CACHE_SIZE);
+  return bytes > 0 ? copy_bandwidth(threads, static_cast<size_t>(bytes) / 512 * 64) : 0;
 }
 
 }  // namespace
@@ -117,7 +127,8 @@ int main(int argc, char** argv) {
   const double bf16 = 0;  // no bf16 dot product instruction
 #endif
   std::printf(
-      "{\"threads\": %d, \"vector_bits\": %d, \"fp32_gflops\": %.2f, \"bf16_gflops\": %.2f, \"copy_gbs\": %.2f}\n",
-      threads, kVectorBytes * 8, fp32, bf16, copy_bandwidth(threads));
+      "{\"threads\": %d, \"vector_bits\": %d, \"fp32_gflops\": %.2f, \"bf16_gflops\": %.2f, \"copy_gbs\": %.2f, "
+      "\"cache_copy_gbs\": %.2f}\n",
+      threads, kVectorBytes * 8, fp32, bf16, copy_bandwidth(threads, size_t{512} << 20), cache_bandwidth(threads));
   return 0;
 }

@@ -1,10 +1,10 @@
 // Room blurmaxpool: max pool of stride 1, then a binomial blur with stride, in one pass, forward and backward.
 // Included inside namespace effops::<isa>::{anonymous}; see kernels.inl.
 //
-//   forward    input rows --max--> line [Wp], one register of channels, L1 --blur along the width--> ring of `size`
-//              rows [Q][ld] --blur along the height--> output row
-//   backward   grad_output rows --height--> line [Q] --width--> line [Wp] --to each window's first maximum--> ring of
-//              window_h rows [W][ld] of grad input
+//   forward    input rows --max, blur along the width--> ring of `size` rows [Q][ld] --blur along the height--> output
+//              row; windows of 2x2 in registers, others by way of a line [Wp] of one register of channels, L1
+//   backward   grad_output rows --height--> line [Q] --width--> line [Wp] --to each window's first maximum--> for windows
+//              of 2x2 the upper row of grad input, and a line [W][ld] for the next; for others a ring of window_h rows
 //
 // The blur is the outer product of one row of binomial coefficients, so that it goes along one axis at a time: size +
 // size / stride multiply-adds a result of the first. The pooled map exists only as lines. A task owns a range of output
@@ -50,6 +50,11 @@ inline TapRange pool_columns(const BlurMaxPoolArgs& args, index_t w) {
   return {imax(0, w - args.pool_left), imin(args.W, w - args.pool_left + args.window_w)};
 }
 
+// Windows of 2x2 without padding, as everybody's are: pooled row h is rows h and h + 1 of the map.
+inline bool pools_pairs(const BlurMaxPoolArgs& args) {
+  return args.window_h == 2 && args.window_w == 2 && args.Hp == args.H - 1 && args.Wp == args.W - 1;
+}
+
 // ---- forward ----
 
 template <class T>
@@ -83,13 +88,15 @@ struct BlurMaxPoolForward {
     const BlurMaxPoolArgs& args;
     Arena arena{Arena::kTask};
     RowSource<T> source;
-    C *ring, *column_max, *pooled, *out = nullptr;
+    C *ring, *zeros, *column_max, *pooled, *out = nullptr;
     const T** rows;  // of a window
     index_t* held;
 
     explicit Task(const BlurMaxPoolForward& o) : op(o), args(o.args), source(arena, args.input, o.input_rows) {
       const auto values = [&](index_t count) { return static_cast<C*>(arena.allocate(count * sizeof(C))); };
       ring = values(args.size * args.Q * op.ld);
+      zeros = values(args.Q * op.ld);
+      __builtin_memset(zeros, 0, args.Q * op.ld * sizeof(C));
       column_max = values(args.W * kLanes<C>);
       pooled = values(args.Wp * kLanes<C>);
       if (args.output.c != 1) out = values(args.Q * op.ld);
@@ -104,28 +111,36 @@ struct BlurMaxPoolForward {
 
    private:
     void output_row(index_t n, index_t p) {
-      const C* blurred[Binomial<C>::kMax];  // null: zeros
+      const C* blurred[Binomial<C>::kMax];
       for (index_t i = 0; i < args.size; ++i) {
         const index_t h = blur_source(p * args.stride_h - op.before + i, args.Hp, args.reflect);
-        blurred[i] = h < 0 ? nullptr : row(n, h);
+        blurred[i] = h < 0 ? zeros : row(n, h);
       }
       T* to = static_cast<T*>(args.output.data) + n * args.output.n + p * args.output.h;
       if (out == nullptr) {
-        sum_rows<true>(blurred, to, args.output.w);
+        for_size([&](auto size) { sum_rows<size, true>(blurred, to, args.output.w); });
       } else {
-        sum_rows<false>(blurred, out, op.ld);
+        for_size([&](auto size) { sum_rows<size, false>(blurred, out, op.ld); });
         scatter_segment(out, op.ld, args.Q, args.C, 1, to, args.output.w, args.output.c);
       }
     }
 
-    template <bool Exact, class D>
+    // f(size of the filter): known at compile time for the two in use, 0 for others.
+    template <class F>
+    EFFOPS_INLINE void for_size(const F& f) const {
+      if (args.size == 3) return f(std::integral_constant<int, 3>{});
+      if (args.size == 4) return f(std::integral_constant<int, 4>{});
+      f(std::integral_constant<int, 0>{});
+    }
+
+    template <int Size, bool Exact, class D>
     void sum_rows(const C* const* blurred, D* to, index_t to_ld) const {
+      const index_t size = Size ? Size : args.size;
       for (index_t q = 0; q < args.Q; ++q) {
         for_each_register<C>(args.C, [&](index_t c, auto whole) __attribute__((always_inline)) {
           vec<C> sum{};
-          for (index_t i = 0; i < args.size; ++i) {
-            if (blurred[i]) sum = sum + load(blurred[i] + q * op.ld + c) * op.filter.tap[i];
-          }
+#pragma GCC unroll 4
+          for (index_t i = 0; i < size; ++i) sum = sum + load(blurred[i] + q * op.ld + c) * op.filter.tap[i];
           store_lanes<decltype(whole)::value || !Exact>(to + q * to_ld + c, sum, args.C - c);
         });
       }
@@ -140,21 +155,74 @@ struct BlurMaxPoolForward {
       const TapRange window = pool_rows(args, h);
       const index_t count = window.end - window.begin;
       for (index_t i = 0; i < count; ++i) rows[i] = source.row(n, window.begin + i);
+      const bool in_registers = pools_pairs(args) && args.stride_w == 2 && (args.size == 3 || args.size == 4);
       for_each_register<C>(args.C, [&](index_t c, auto whole) {
         constexpr bool kFull = decltype(whole)::value;
-        count == 2 ? max_of_rows<kFull, 2>(count, c) : max_of_rows<kFull, 0>(count, c);
-        max_along_width();
-        blur_along_width(to + c);
+        if (in_registers) {
+          args.size == 3 ? pairs_along_width<kFull, 3>(c, to + c) : pairs_along_width<kFull, 4>(c, to + c);
+        } else {
+          max_of_rows<kFull>(count, c);
+          max_along_width();
+          blur_along_width(to + c);
+        }
       });
       return to;
     }
 
-    template <bool Full, int Count>
+    // The whole way for windows of 2x2 without padding and a stride of 2: two input columns a result are new, the rest
+    // stays in registers.
+    template <bool Full, int Size>
+    void pairs_along_width(index_t c, C* to) const {
+      const index_t pixel = source.pixel_stride(), lanes = args.C - c, next_row = source.next_row();
+      const T *upper = rows[0] + c, *lower = rows[1] + c;
+      const auto column = [&](index_t w) __attribute__((always_inline)) {
+        const T* below = lower + w * pixel;
+        __builtin_prefetch(below + next_row, 0, 2);
+        return pool_max<C>(load_lanes<Full>(upper + w * pixel, lanes), load_lanes<Full>(below, lanes));
+      };
+      const auto edge = [&](index_t q) {
+        vec<C> sum{};
+        for (index_t t = 0; t < Size; ++t) {
+          const index_t w = blur_source(2 * q - op.before + t, args.Wp, args.reflect);
+          if (w >= 0) sum = sum + pool_max<C>(column(w), column(w + 1)) * op.filter.tap[t];
+        }
+        store(to + q * op.ld, sum);
+      };
+      // Inside: the filter reads pooled columns 2 q - before to 2 q - before + Size - 1.
+      const index_t begin = imin(args.Q, ceil_div(op.before, 2));
+      const index_t end = imax(begin, imin(args.Q, (args.Wp + op.before - Size + 2) / 2));
+      for (index_t q = 0; q < begin; ++q) edge(q);
+      if (begin < end) {
+        index_t w = 2 * begin - op.before;
+        vec<C> last = column(w), pooled[Size];
+        const auto next = [&]() __attribute__((always_inline)) {
+          const vec<C> before = last;
+          last = column(++w);
+          return pool_max<C>(before, last);
+        };
+#pragma GCC unroll 4
+        for (int t = 0; t < Size - 2; ++t) pooled[t] = next();
+        for (index_t q = begin; q < end; ++q) {
+          vec<C> sum{};
+#pragma GCC unroll 4
+          for (int t = 0; t < Size; ++t) {
+            if (t >= Size - 2) pooled[t] = next();
+            sum = sum + pooled[t] * op.filter.tap[t];
+          }
+          store(to + q * op.ld, sum);
+#pragma GCC unroll 4
+          for (int t = 0; t < Size - 2; ++t) pooled[t] = pooled[t + 2];
+        }
+      }
+      for (index_t q = end; q < args.Q; ++q) edge(q);
+    }
+
+    template <bool Full>
     void max_of_rows(index_t count, index_t c) const {
       const index_t pixel = source.pixel_stride(), lanes = args.C - c;
       for (index_t w = 0; w < args.W; ++w) {
         vec<C> largest = load_lanes<Full>(rows[0] + w * pixel + c, lanes);
-        for (index_t i = 1; i < (Count ? Count : count); ++i) {
+        for (index_t i = 1; i < count; ++i) {
           largest = pool_max<C>(largest, load_lanes<Full>(rows[i] + w * pixel + c, lanes));
         }
         store(column_max + w * kLanes<C>, largest);
@@ -265,7 +333,10 @@ struct BlurMaxPoolBackward {
       columns = targets_of_columns();
     }
 
-    void run() {
+    void run() { pools_pairs(args) ? run_pairs() : run_windows(); }
+
+   private:
+    void run_windows() {
       index_t opened = h_begin, flushed = h_begin;
       const auto flush_until = [&](index_t h) {
         for (const index_t stop = imin(h, h_end); flushed < stop; ++flushed) {
@@ -296,7 +367,66 @@ struct BlurMaxPoolBackward {
       flush_until(h_end);
     }
 
-   private:
+    // A row of the map is in two rows of windows: `ring` is what the upper ones gave it.
+    void run_pairs() {
+      const TensorRef& x = args.grad_input;
+      T* const image = static_cast<T*>(x.data) + n * x.n;
+      __builtin_memset(ring, 0, args.W * op.ld * sizeof(C));
+      for (index_t h = imax(0, h_begin - 1); h < imin(args.Hp, h_end); ++h) {
+        rows[0] = input.row(n, h), rows[1] = input.row(n, h + 1);
+        const GradRows from = grad_rows_of(h);
+        T* const to = h >= h_begin ? image + h * x.h : nullptr;
+        for_each_register<C>(args.C, [&](index_t c, auto whole) {
+          constexpr bool kFull = decltype(whole)::value;
+          blur_from_rows<kFull>(from, c);
+          blur_along_width();
+          if (to == nullptr) {
+            to_maxima<kFull>(c, [](index_t, vec<C>) {});
+          } else if (x.c == 1) {
+            to_maxima<kFull>(c, [&](index_t w, vec<C> v) __attribute__((always_inline)) {
+              store_lanes<kFull>(to + w * x.w + c, v, args.C - c);
+            });
+          } else {
+            C* line = slot(1) + c;
+            to_maxima<kFull>(c, [&](index_t w, vec<C> v)
+                                    __attribute__((always_inline)) { store(line + w * op.ld, v); });
+          }
+        });
+        if (to != nullptr && x.c != 1) scatter_segment(slot(1), op.ld, args.W, args.C, 1, to, x.w, x.c);
+      }
+      if (h_end == args.H) scatter_segment(ring, op.ld, args.W, args.C, 1, image + (args.H - 1) * x.h, x.w, x.c);
+    }
+
+    // Every pooled pixel's gradient to its window's maximum: the first of equal ones, the last NaN. put(w, the sum of the
+    // upper row's pixel w); the lower row's stay in `ring`. From window to window go the right pixels' values and sums.
+    template <bool Full, class Put>
+    EFFOPS_INLINE void to_maxima(index_t c, const Put& put) const {
+      const index_t pixel = input.pixel_stride(), next_row = input.next_row(), lanes = args.C - c;
+      const T *upper = rows[0] + c, *lower = rows[1] + c;
+      C* below = ring + c;
+      const vec<C> zero{};
+      vec<C> top_sum{}, bottom_sum{}, top = load_lanes<Full>(upper, lanes), bottom = load_lanes<Full>(lower, lanes);
+      for (index_t w = 0; w < args.Wp; ++w, below += op.ld) {
+        upper += pixel, lower += pixel;
+        __builtin_prefetch(lower + next_row, 0, 2);
+        const vec<C> top_right = load_lanes<Full>(upper, lanes), bottom_right = load_lanes<Full>(lower, lanes);
+        const vmask<C> right = takes_second<C>(top, top_right);
+        const vec<C> of_two = right ? top_right : top;
+        const vmask<C> lower_left = takes_second<C>(of_two, bottom);
+        const vec<C> of_three = lower_left ? bottom : of_two;
+        const vmask<C> lower_right = takes_second<C>(of_three, bottom_right);
+        const vec<C> grad = load(pooled + w * kLanes<C>);
+        const vec<C> to_upper = (lower_left | lower_right) ? zero : grad, to_left = lower_right ? zero : grad;
+        put(w, load(below) + top_sum + (right ? zero : to_upper));
+        store(below, bottom_sum + (lower_left ? to_left : zero));
+        top_sum = right ? to_upper : zero;
+        bottom_sum = lower_right ? grad : zero;
+        top = top_right, bottom = bottom_right;
+      }
+      put(args.Wp, load(below) + top_sum);
+      store(below, bottom_sum);
+    }
+
     C* slot(index_t h) const { return ring + h % args.window_h * args.W * op.ld; }
     void clear(index_t h) const { __builtin_memset(slot(h), 0, args.W * op.ld * sizeof(C)); }
     void flush(index_t h) const {
@@ -365,7 +495,15 @@ struct BlurMaxPoolBackward {
     }
 
     void blur_along_width() const {
-      for (index_t w = 0; w < args.Wp; ++w) {
+      const index_t q_end = args.Q - 2;  // of those inside: no mirror image, and blurred columns on both sides
+      if (args.stride_w != 2 || (args.size != 3 && args.size != 4) || q_end <= 2) return blur_columns(0, args.Wp);
+      blur_columns(0, 4);
+      args.size == 3 ? blur_pairs<3>(2, q_end) : blur_pairs<4>(2, q_end);
+      blur_columns(2 * q_end, args.Wp);
+    }
+
+    void blur_columns(index_t begin, index_t end) const {
+      for (index_t w = begin; w < end; ++w) {
         vec<C> sum{};
         for (index_t i = columns.begin[w]; i < columns.begin[w + 1]; ++i)
           sum = sum + load(blurred + columns.column[i] * kLanes<C>) * columns.tap[i];
@@ -373,7 +511,21 @@ struct BlurMaxPoolBackward {
       }
     }
 
-    // Adds the gradient at the pooled pixel w to its window's maximum: the first of equal ones, the last NaN.
+    // Pooled columns 2 q and 2 q + 1, to which blurred columns q - 1 (a filter of 4), q and q + 1 read.
+    template <int Size>
+    void blur_pairs(index_t begin, index_t end) const {
+      const C* tap = op.filter.tap;
+      vec<C> before = load(blurred + (begin - 1) * kLanes<C>), here = load(blurred + begin * kLanes<C>);
+      for (index_t q = begin; q < end; ++q) {
+        const vec<C> after = load(blurred + (q + 1) * kLanes<C>);
+        const vec<C> even = here * tap[1];
+        store(pooled + 2 * q * kLanes<C>, Size == 3 ? even : even + before * tap[3]);
+        store(pooled + (2 * q + 1) * kLanes<C>, here * tap[2] + after * tap[0]);
+        before = here, here = after;
+      }
+    }
+
+    // Adds the gradient at the pooled pixel w to its window's maximum, as to_maxima does.
     template <bool Full>
     EFFOPS_INLINE void to_maximum(index_t height, const TapRange& range, index_t w, index_t c) const {
       const index_t pixel = input.pixel_stride(), lanes = args.C - c;

@@ -20,7 +20,8 @@ EFFOPS_INLINE vmask<C> takes_second(vec<C> first, vec<C> second) {
 
 template <class C>
 EFFOPS_INLINE vec<C> pool_max(vec<C> first, vec<C> second) {
-  return takes_second<C>(first, second) ? second : first;
+  const vec<C> larger = at_least<C>(second, first);  // the second where either is NaN
+  return (vmask<C>)(first != first) ? first : larger;
 }
 
 // out[i] = max pool of first[i] and second[i], i < pixels; `step` is the distance of two pixels of either. `taken`,

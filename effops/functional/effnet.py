@@ -34,10 +34,12 @@ class Step(NamedTuple):
     epilogue: dict[str, Any]
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        return (self.weight, self.bias, self.epilogue.get("scale"), self.epilogue.get("shift"))
+        weight, bias, epilogue = self
+        return weight, bias, epilogue.get("scale"), epilogue.get("shift")
 
     def activations(self) -> tuple[str, str]:
-        return (self.epilogue.get("activation", "none"), self.epilogue.get("post_activation", "none"))
+        epilogue = self.epilogue
+        return epilogue.get("activation", "none"), epilogue.get("post_activation", "none")
 
 
 class EffNetPlan(NamedTuple):
@@ -118,20 +120,22 @@ def effnet_block(
         TypeError, ValueError: an argument of a wrong kind, shape, dtype or device.
     """
     steps = (expand, row, col, project)
-    tensors = (input, *(t for step in steps for t in step.tensors()), project.epilogue.get("residual"))
+    residual = project.epilogue.get("residual")
+    tensors = (input, *expand.tensors(), *row.tensors(), *col.tensors(), *project.tensors(), residual)
     if torch._C._is_any_autocast_enabled() or (torch.is_grad_enabled() and needs_grad(tensors)):
         return None
     kind = check.check_input(_OP, input)
-    for name, step in zip(_WEIGHTS, steps, strict=True):
-        check.check_like(_OP, name, step.weight, kind, "a convolution's weight")
+    weights = (expand.weight, row.weight, col.weight, project.weight)
+    for name, weight in zip(_WEIGHTS, weights, strict=True):
+        check.check_like(_OP, name, weight, kind, "a convolution's weight")
     window = check.as_window(_OP, stride, padding, 1)
     geometry, shape = _plan(
-        input.shape, tuple(step.weight.shape for step in steps), pool, *window[:2], input.stride(),
-        tuple(step.activations() for step in steps),
+        input.shape, tuple([weight.shape for weight in weights]), pool, *window[:2], input.stride(),
+        tuple([step.activations() for step in steps]),
     )  # fmt: skip
     # Vectors come from the modules whose weights were checked; the operator checks them itself.
-    if tensors[-1] is not None:
-        check.check_residual(_OP, "residual", tensors[-1], shape, kind)
+    if residual is not None:
+        check.check_residual(_OP, "residual", residual, shape, kind)
     call = backends.Call("effnet", _OP, input, row.weight, col.weight, geometry, shape)
     taken = backends.taken_among(_effnet.KERNELS, call, backend)
     if taken is None:

@@ -44,6 +44,15 @@ def tampered(module: nn.Module) -> str | None:
     return None
 
 
+def weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """The convolution's parameters; each would take half a microsecond as an attribute."""
+    own = conv._parameters
+    try:
+        return own["weight"], own["bias"]
+    except KeyError:  # one was replaced by a plain attribute
+        return conv.weight, conv.bias
+
+
 def _why_not_conv(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str | None:
     if type(module) not in kinds:
         how = " (parametrized)" if hasattr(module, "parametrizations") else ""

@@ -28,6 +28,7 @@ from effops.modules._fusion import (
     norm_stage,
     run_stages,
     tampered,
+    weight_and_bias,
     why_not_act,
     why_not_dw,
     why_not_norm,
@@ -367,7 +368,7 @@ class EffNetBlock(FusedBlock):
             epilogue, fused = fill_epilogue(stages)
             if fused < len(stages):
                 return None
-            steps.append(Step(conv.weight, conv.bias, epilogue))
+            steps.append(Step(*weight_and_bias(conv), epilogue))
         return effnet_block(
             input,
             *steps,

@@ -24,6 +24,7 @@ from effops.modules._fusion import (
     fill_epilogue,
     norm_stage,
     run_stages,
+    weight_and_bias,
     why_not_act,
     why_not_dw,
     why_not_norm,
@@ -75,13 +76,14 @@ class _PartsBlock(FusedBlock):
         dw_epilogue, _ = fill_epilogue([between])
         stages = [norm_stage(modules["norm"], self.backend), Stage("act", modules["act"])]
         epilogue, fused = fill_epilogue(stages)
+        weight, bias = weight_and_bias(pw)
         (dw_h, dw_w), (pw_h, pw_w) = dw[0].stride, pw.stride
         output = self._function(
             input,
-            [convolution.weight for convolution in dw],
-            pw.weight,
+            [weight_and_bias(convolution)[0] for convolution in dw],
+            weight,
             None,
-            pw.bias,
+            bias,
             (dw_h * pw_h, dw_w * pw_w),
             [convolution.padding for convolution in dw],
             dw_scale=dw_epilogue.get("scale"),
