@@ -76,8 +76,8 @@ struct BlurMaxPoolForward {
     const index_t rows = args.N * args.P;
     if (rows == 0) return;
     constexpr index_t kRangeRows = 16;
-    const double cost = static_cast<double>(args.N) * args.H * args.W * ld / kLanes<C> *
-                        (4.0 * (args.window_h + args.window_w) + args.size);
+    const double per_pixel = pools_pairs(args) ? 6.0 : 4.0 * (args.window_h + args.window_w) + args.size;
+    const double cost = static_cast<double>(args.N) * args.H * args.W * ld / kLanes<C> * per_pixel;
     const index_t slots = slots_for(cost, rows);
     const index_t shares = slots == 1 ? 1 : imax(slots, imin(4 * slots, rows / kRangeRows));
     run_tasks(shares, [&](index_t s) { Task(*this).run(rows * s / shares, rows * (s + 1) / shares); });
@@ -281,8 +281,8 @@ struct BlurMaxPoolBackward {
         before((a.size - 1) / 2),
         input_rows(rows_of_map(a.N, a.C, a.H, a.W, a.window_h)),
         grad_rows(rows_of_map(a.N, a.C, a.P, a.Q, a.size)) {
-    const double cost =
-        static_cast<double>(a.N) * a.H * a.W * ld / kLanes<C> * (6.0 * a.window_h * a.window_w + a.size);
+    const double per_pixel = pools_pairs(a) ? 15.0 : 6.0 * a.window_h * a.window_w + a.size;
+    const double cost = static_cast<double>(a.N) * a.H * a.W * ld / kLanes<C> * per_pixel;
     const index_t slots = slots_for(cost, imax(1, a.N) * a.H);
     per_image = a.N >= slots ? 1 : imin(a.H, ceil_div(slots, imax(1, a.N)));
   }
@@ -388,8 +388,8 @@ struct BlurMaxPoolBackward {
             });
           } else {
             C* line = slot(1) + c;
-            to_maxima<kFull>(c, [&](index_t w, vec<C> v)
-                                    __attribute__((always_inline)) { store(line + w * op.ld, v); });
+            to_maxima<kFull>(c,
+                             [&](index_t w, vec<C> v) __attribute__((always_inline)) { store(line + w * op.ld, v); });
           }
         });
         if (to != nullptr && x.c != 1) scatter_segment(slot(1), op.ld, args.W, args.C, 1, to, x.w, x.c);
