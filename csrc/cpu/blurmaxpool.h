@@ -76,7 +76,7 @@ struct BlurMaxPoolForward {
     const index_t rows = args.N * args.P;
     if (rows == 0) return;
     constexpr index_t kRangeRows = 16;
-    const double per_pixel = pools_pairs(args) ? 6.0 : 4.0 * (args.window_h + args.window_w) + args.size;
+    const double per_pixel = pools_pairs(args) ? 10.0 : 4.0 * (args.window_h + args.window_w) + args.size;
     const double cost = static_cast<double>(args.N) * args.H * args.W * ld / kLanes<C> * per_pixel;
     const index_t slots = slots_for(cost, rows);
     const index_t shares = slots == 1 ? 1 : imax(slots, imin(4 * slots, rows / kRangeRows));
