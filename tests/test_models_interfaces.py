@@ -1,8 +1,8 @@
 """What people expect of a registered model: timm's vocabulary, feature maps, formats, state dicts, export.
 
 The networks have cheap random weights and small images: what is looked at is the interface, not the kernels. Shapes and
-names are looked at in a share of the models; what compares with the stock twin, in one network of a family; whole
-programs (compile, export, ONNX), in one of each paper. With EFFOPS_MODELS_ALL=1 (make test-all) every model has all.
+names are looked at in a share of the models; what compares with the stock twin and whole programs (compile, export,
+ONNX), in one network of a family. With EFFOPS_MODELS_ALL=1 (make test-all) every model has all.
 """
 
 from __future__ import annotations
@@ -47,7 +47,6 @@ REPRESENTATIVES = (
     "wrn_16_1_bsconvu",
 )
 VGNET = "vgnetg_1_0mp"
-PROGRAMS = ("effnet_v2_gtsrb", "mnist_7k_dw", "multiception_resnet20", VGNET, "wrn_16_1_bsconvu")  # one of each paper
 # One network in fifteen, and those above: building and running all of them takes minutes.
 MODELS = [
     name for name in list_models() if EVERYTHING or name in REPRESENTATIVES or zlib.crc32(name.encode()) % 15 == 0
@@ -121,7 +120,7 @@ def compared(request: pytest.FixtureRequest) -> tuple[nn.Module, nn.Module]:
     return model, twin_of(model)
 
 
-@pytest.fixture(scope="module", params=list_models() if EVERYTHING else PROGRAMS)
+@pytest.fixture(scope="module", params=list_models() if EVERYTHING else REPRESENTATIVES)
 def program(request: pytest.FixtureRequest) -> nn.Module:
     """As `model`, of which whole programs are made."""
     return network(request.param)

@@ -56,6 +56,7 @@ def register_model(name: str, *, weights: WeightsReader | None = None) -> Callab
         ...         self.steps = [effops.models.Step("features.0", 8, 2), effops.models.Step("features.1", 16)]
         ...         self.num_features, self.num_classes = 16, num_classes
         ...         self.classifier = nn.Linear(16, num_classes)
+        ...
         ...     def forward_features(self, x):
         ...         return self.features(x)
         >>> create_model("tiny", num_classes=2)(torch.zeros(1, 3, 8, 8)).shape

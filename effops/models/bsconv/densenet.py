@@ -9,15 +9,13 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from effops.models.bsconv.layers import BlueprintClassifier, DropIn, name_of
+from effops.models.bsconv.layers import BlueprintClassifier, DropIn, register_drop_ins
 from effops.models.classifier import activation_factory
 from effops.models.features import Step
-from effops.models.registry import register_model
 
 __all__ = ["DenseNet"]
 
@@ -108,11 +106,4 @@ def _transition(conv: DropIn, act: Callable[[], nn.Module], channels: int) -> nn
     )
 
 
-def _register(form: str) -> None:
-    @register_model(name_of("densenet121", form))
-    def build(layers: ModuleType, **kwargs: Any) -> DenseNet:
-        return DenseNet(layers, form, **kwargs)
-
-
-for _form in ("standard", "bsconvu"):
-    _register(_form)
+register_drop_ins("densenet121", DenseNet)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from effops.models.classifier import ImageClassifier
 from effops.models.features import Step
+from effops.models.registry import register_model
 from effops.modules import BSConvS, BSConvU
 from effops.modules._keys import rename_keys
 
@@ -24,6 +26,7 @@ __all__ = [
     "conv_norm_act",
     "dense_conv",
     "name_of",
+    "register_drop_ins",
 ]
 
 FORMS = ("standard", "bsconvu", "bsconvs")
@@ -36,6 +39,12 @@ Renames = Sequence[tuple[str, str]]
 def name_of(base: str, form: str) -> str:
     """The registry's name of a network in one of the forms: the standard one has no suffix."""
     return base if form == "standard" else f"{base}_{form}"
+
+
+def register_drop_ins(name: str, network: Callable[..., nn.Module]) -> None:
+    """Registers a network of standard convolutions and its BSConv-U form; `network` takes the form."""
+    for form in ("standard", "bsconvu"):
+        register_model(name_of(name, form))(partial(network, form=form))
 
 
 def dense_conv(

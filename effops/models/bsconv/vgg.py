@@ -11,14 +11,12 @@ batch norm inside.
 from __future__ import annotations
 
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
-from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, name_of
+from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, register_drop_ins
 from effops.models.classifier import activation_factory
 from effops.models.features import Step
-from effops.models.registry import register_model
 
 __all__ = ["VGG"]
 
@@ -74,11 +72,4 @@ class VGG(BlueprintClassifier):
         self._add_classifier(channels, num_classes)
 
 
-def _register(form: str) -> None:
-    @register_model(name_of("vgg16_bn", form))
-    def build(layers: ModuleType, **kwargs: Any) -> VGG:
-        return VGG(layers, form, **kwargs)
-
-
-for _form in ("standard", "bsconvu"):
-    _register(_form)
+register_drop_ins("vgg16_bn", VGG)

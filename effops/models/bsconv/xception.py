@@ -11,14 +11,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable
 from types import ModuleType
-from typing import Any
 
 from torch import Tensor, nn
 
-from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, dense_conv, name_of
+from effops.models.bsconv.layers import BlueprintClassifier, DropIn, conv_norm_act, dense_conv, register_drop_ins
 from effops.models.classifier import activation_factory
 from effops.models.features import Step
-from effops.models.registry import register_model
 from effops.modules import BSConvU, FusedDSConv
 
 __all__ = ["Xception"]
@@ -139,11 +137,4 @@ class Xception(BlueprintClassifier):
         self._add_classifier(_FINAL[-1], num_classes)
 
 
-def _register(form: str) -> None:
-    @register_model(name_of("xception", form))
-    def build(layers: ModuleType, **kwargs: Any) -> Xception:
-        return Xception(layers, form, **kwargs)
-
-
-for _form in ("standard", "bsconvu"):
-    _register(_form)
+register_drop_ins("xception", Xception)
