@@ -205,9 +205,13 @@ class SeparableConvPool2d(modules.SeparableConvPool2d):
 
 
 class EffNetBlock(modules.EffNetBlock):
-    """`effops.EffNetBlock` as its sub-modules compute it one by one."""
+    """`effops.EffNetBlock` as its sub-modules compute it one by one; activations are in place."""
 
     _separable = SeparableConvPool2d
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.expand_act.inplace = self.act.inplace = True
 
     def forward(self, input: Tensor) -> Tensor:
         e = self.expand_act(self.expand_norm(self.expand(input)))

@@ -253,10 +253,9 @@ class ModelStep:
 
         torch.manual_seed(0)
         own = effops.create_model(name)
-        networks.spread_statistics(own)
         stock = effops.create_model(name, reference=True)
         stock.load_state_dict(own.state_dict())
-        self._models = {"effops": own, "stock": networks.in_place(stock)}
+        self._models = {"effops": own, "stock": stock}
         for model in self._models.values():
             model.to(device, memory_format=torch.channels_last)
             for module in model.modules():
