@@ -49,8 +49,8 @@ def weight_and_bias(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
     own = conv._parameters
     try:
         return own["weight"], own["bias"]
-    except KeyError:  # one was replaced by a plain attribute
-        return conv.weight, conv.bias
+    except KeyError:  # one is a buffer or a plain attribute, or missing
+        return conv.weight, getattr(conv, "bias", None)
 
 
 def _why_not_conv(name: str, module: nn.Module, kinds: tuple[type, ...]) -> str | None:
