@@ -66,7 +66,7 @@ class ModelProblem:
     def check(self, fn: Callable[[], torch.Tensor], variant: str, own: bool) -> dict | None:
         """The logits against the stock model in float64.
 
-        Hundreds of layers amplify roundings, so torch's own count; by their norm, for the largest of ten errors is chance.
+        Hundreds of layers amplify roundings, so torch's own count; by norms, as the largest of ten errors is chance.
         """
         truth = copy.deepcopy(self._stock).double()(self._ends.double())
         out = fn()
