@@ -23,7 +23,7 @@ from xml.sax.saxutils import escape
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks import gpu_choice, operators, report_gpu  # noqa: E402 (this file is run as a program, too)
+from benchmarks import gpu_choice, operators, report_gpu, shapes  # noqa: E402 (this file is run as a program, too)
 from benchmarks.tables import geomean, ms, percent, table, times, yes  # noqa: E402
 
 DOCUMENTS = ("README.md", "benchmarks/README.md")
@@ -46,10 +46,7 @@ OVERHEAD_GOALS_US = {"overhead_forward_us": 10.0, "overhead_forward_backward_us"
 
 _BANKED = ("shared", "fixed", "blur")  # how the cases of depthwise convolutions with a bank of kernels are called
 
-_NETWORKS = (
-    "vgnetg_1_0mp", "vgnetg_2_5mp", "effnet_v1_cifar10", "effnet_v2_cifar10", "mobilenetv1_bsconvu",
-    "multiception_resnet50",
-)  # fmt: skip
+_NETWORKS = tuple(name for name in shapes.MODELS if name != "mobilenet_v2")  # the papers' own
 
 _SIDES = {
     "effops/nchw": "effops NCHW",

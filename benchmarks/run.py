@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -210,15 +210,21 @@ def bf16_jobs(args: argparse.Namespace) -> list[Job]:
     return jobs
 
 
+def _network_jobs(
+    names: Sequence[str], peers: tuple[str, ...], batches: Sequence[int], wanted: tuple[str, ...]
+) -> list[Job]:
+    """Networks whose names contain one of `wanted`, or all."""
+    requests = [
+        {"kind": "model", "case": name, "batch": batch}
+        for name in names
+        if not wanted or any(part in name for part in wanted)
+        for batch in batches
+    ]
+    return [Job(request, peers, request | {"dtype": "float32"}) for request in requests]
+
+
 def models_jobs(args: argparse.Namespace) -> list[Job]:
-    jobs = []
-    for name in shapes.QUICK_MODELS if args.quick else shapes.MODELS:
-        if args.shapes and not any(part in name for part in args.shapes):
-            continue
-        for batch in args.batches:
-            facts = {"kind": "model", "case": name, "batch": batch, "dtype": "float32"}
-            jobs.append(Job({"kind": "model", "case": name, "batch": batch}, args.peers, facts))
-    return jobs
+    return _network_jobs(shapes.QUICK_MODELS if args.quick else shapes.MODELS, args.peers, args.batches, args.shapes)
 
 
 def latencies_jobs(args: argparse.Namespace) -> list[Job]:
@@ -226,13 +232,7 @@ def latencies_jobs(args: argparse.Namespace) -> list[Job]:
     from effops.models import list_models
 
     peers = tuple(peer for peer in args.peers if peer in ("effops", "eager"))
-    jobs = []
-    for name in shapes.QUICK_MODELS[:1] if args.quick else list_models():
-        if args.shapes and not any(part in name for part in args.shapes):
-            continue
-        facts = {"kind": "model", "case": name, "batch": 1, "dtype": "float32"}
-        jobs.append(Job({"kind": "model", "case": name, "batch": 1}, peers, facts))
-    return jobs
+    return _network_jobs(shapes.QUICK_MODELS[:1] if args.quick else list_models(), peers, (1,), args.shapes)
 
 
 def training_jobs(args: argparse.Namespace) -> list[Job]:

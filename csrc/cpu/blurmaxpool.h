@@ -76,6 +76,7 @@ struct BlurMaxPoolForward {
     const index_t rows = args.N * args.P;
     if (rows == 0) return;
     constexpr index_t kRangeRows = 16;
+    // Cycles of a register of channels: measured for windows of 2x2, counted for others.
     const double per_pixel = pools_pairs(args) ? 10.0 : 4.0 * (args.window_h + args.window_w) + args.size;
     const double cost = static_cast<double>(args.N) * args.H * args.W * ld / kLanes<C> * per_pixel;
     const index_t slots = slots_for(cost, rows);
@@ -281,6 +282,7 @@ struct BlurMaxPoolBackward {
         before((a.size - 1) / 2),
         input_rows(rows_of_map(a.N, a.C, a.H, a.W, a.window_h)),
         grad_rows(rows_of_map(a.N, a.C, a.P, a.Q, a.size)) {
+    // As forward.
     const double per_pixel = pools_pairs(a) ? 15.0 : 6.0 * a.window_h * a.window_w + a.size;
     const double cost = static_cast<double>(a.N) * a.H * a.W * ld / kLanes<C> * per_pixel;
     const index_t slots = slots_for(cost, imax(1, a.N) * a.H);
